@@ -1,0 +1,238 @@
+"""The vocabulary: what is asked (Request), on what (Device), how it runs (Plan), what is said on the
+way (Event) and what came out (Result).
+
+Frozen values with an exact JSON round trip; fields that hold their default are left out when written.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import CoreSchema, core_schema
+
+from qwen_image_tool.errors import BadRequest
+
+MAX_SEED = 2**63 - 1  # torch.Generator takes more, SQLite and JavaScript tools do not
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Width and height in pixels, both at least 1. Written as "1328x1328" in JSON and on screens."""
+
+    width: int
+    height: int
+
+    def __post_init__(self) -> None:
+        if self.width < 1 or self.height < 1:
+            raise ValueError(f"{self.width}x{self.height} has no pixels")
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read "WIDTHxHEIGHT". Raises ValueError for anything else."""
+        match = re.fullmatch(r"\s*(\d{1,6})\s*[x×X]\s*(\d{1,6})\s*", text)
+        if not match:
+            raise ValueError(f"{text!r} is not a size like 1024x768")
+        return cls(int(match[1]), int(match[2]))
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}"
+
+    @property
+    def pixels(self) -> int:
+        return self.width * self.height
+
+    def rounded_up(self, multiple: int) -> "Size":
+        """The smallest size that holds this one with both sides a multiple of `multiple` pixels."""
+        return Size(-(-self.width // multiple) * multiple, -(-self.height // multiple) * multiple)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, _source: Any, _handler: Any) -> CoreSchema:
+        from_text = core_schema.no_info_after_validator_function(
+            cls.parse, core_schema.str_schema(pattern=r"^\s*\d{1,6}\s*[x×X]\s*\d{1,6}\s*$")
+        )
+        return core_schema.json_or_python_schema(
+            json_schema=from_text,
+            python_schema=core_schema.union_schema(
+                [core_schema.is_instance_schema(cls), from_text]
+            ),
+            serialization=core_schema.to_string_ser_schema(),
+        )
+
+
+class Value(BaseModel):
+    """Base of the frozen values: unknown fields are refused, defaults are left out when written."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def from_user(cls, **fields: Any) -> Self:
+        """Build from a person's input. Raises BadRequest that names the field and its range."""
+        try:
+            return cls(**fields)
+        except ValidationError as error:
+            raise _bad_request(error) from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready fields without those at their default."""
+        return self.model_dump(mode="json", exclude_defaults=True)
+
+    def to_json(self) -> str:
+        return self.model_dump_json(exclude_defaults=True)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """Raises pydantic's ValidationError where the text is not such a value."""
+        return cls.model_validate_json(text)
+
+
+class Request(Value):
+    """Everything the user asked for. None means: the model's own value."""
+
+    model: str = Field(min_length=1, description="A catalogue id, or a local model folder")
+    prompt: str = Field(default="", description="What the picture shows")
+    negative_prompt: str | None = Field(default=None, description="What it should not show")
+    size: Size | None = Field(default=None, description="Pixels of the file, WIDTHxHEIGHT")
+    steps: int | None = Field(default=None, ge=1, le=1000, description="Denoising steps")
+    cfg: float | None = Field(
+        default=None, ge=1, le=50, description="True classifier-free guidance; 1 is off"
+    )
+    seed: int | None = Field(
+        default=None, ge=0, le=MAX_SEED, description="Seed of the first picture; None is random"
+    )
+    images: int = Field(default=1, ge=1, le=100, description="Pictures, with seeds seed, seed+1 ...")
+    truncate: bool = Field(default=False, description="Cut a prompt that is too long")
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """One seed a picture. Needs a resolved request."""
+        if self.seed is None:
+            raise ValueError("the request has no seed yet: resolve it first")
+        return tuple((self.seed + i) % (MAX_SEED + 1) for i in range(self.images))
+
+    def for_image(self, index: int) -> "Request":
+        """The request that makes picture `index` of this one alone."""
+        return self.model_copy(update={"seed": self.seeds[index], "images": 1})
+
+
+class Device(Value):
+    """What the hardware is: read once, passed as a value. Sizes in bytes."""
+
+    kind: Literal["cpu", "cuda", "rocm", "xpu", "mps"]
+    name: str
+    ram_bytes: int
+    ram_free_bytes: int
+    vram_bytes: int = 0
+    vram_free_bytes: int = 0
+    cores: int = 1
+    bf16: bool = Field(default=True, description="Multiplies bfloat16 matrices in hardware")
+    shared_memory: bool = Field(default=False, description="GPU and CPU use the same memory")
+    driver: str = ""
+    torch: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def torch_name(self) -> str:
+        """The name torch gives it: ROCm answers to "cuda"."""
+        return "cuda" if self.kind == "rocm" else self.kind
+
+
+PhaseName = Literal["load", "encode", "denoise", "decode", "save"]
+
+
+class PhaseNeed(Value):
+    """What a phase is expected to take at its peak, in bytes."""
+
+    phase: PhaseName
+    ram_bytes: int
+    vram_bytes: int = 0
+
+
+class Plan(Value):
+    """How a resolved request runs on a device, with one plain sentence for each choice."""
+
+    device: str = Field(description="torch's name of the device")
+    dtype: Literal["bfloat16", "float32"]
+    working_size: Size = Field(description="What the engine draws; the file is its centre")
+    forwards: int = Field(description="Passes through the transformer")
+    phases: tuple[PhaseNeed, ...]
+    disk_bytes: int = Field(description="Space the pictures may take")
+    reasons: tuple[str, ...] = ()
+
+    @property
+    def ram_bytes(self) -> int:
+        return max(need.ram_bytes for need in self.phases)
+
+    @property
+    def vram_bytes(self) -> int:
+        return max(need.vram_bytes for need in self.phases)
+
+
+class _Event(Value):
+    kind: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": self.kind, **super().to_dict()}
+
+
+class PhaseStarted(_Event):
+    kind: Literal["phase"] = "phase"
+    phase: PhaseName
+    detail: str = ""
+
+
+class Stepped(_Event):
+    """Denoising step `step` of `steps` is done; `seconds` is what this step took."""
+
+    kind: Literal["step"] = "step"
+    step: int
+    steps: int
+    seconds: float
+
+
+class Saved(_Event):
+    kind: Literal["saved"] = "saved"
+    path: str
+    seed: int
+
+
+class Notice(_Event):
+    """A sentence for the user that changes nothing in the run."""
+
+    kind: Literal["notice"] = "notice"
+    text: str
+
+
+Event = Annotated[PhaseStarted | Stepped | Saved | Notice, Field(discriminator="kind")]
+event_adapter: TypeAdapter[Event] = TypeAdapter(Event)
+
+
+class ImageFile(Value):
+    """A picture on disk."""
+
+    path: str
+    seed: int
+    size: Size
+
+
+class Result(Value):
+    """What a run made, from what, and how long each phase took (seconds)."""
+
+    request: Request
+    plan: Plan
+    images: tuple[ImageFile, ...]
+    seconds: dict[PhaseName, float]
+    versions: dict[str, str]
+
+
+def _bad_request(error: ValidationError) -> BadRequest:
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"]) or "request"
+    limits = first.get("ctx", {})
+    if "ge" in limits:
+        return BadRequest(f"{field} is {first['input']}.", f"Use {limits['ge']} or more.")
+    if "le" in limits:
+        return BadRequest(f"{field} is {first['input']}.", f"Use {limits['le']} or less.")
+    if first["type"] == "extra_forbidden":
+        return BadRequest(f"{field} is not a field of a {error.title.lower()}.", "Leave it out.")
+    return BadRequest(f"{field} {first['input']!r} can't be used:", f"{first['msg']}.")
