@@ -5,7 +5,7 @@ Faces turn them into text; `exit_code` is what the command line ends with.
 
 
 class ToolError(Exception):
-    """Base of all errors that are meant for people. `str()` gives one sentence with the next step."""
+    """Base of all errors that are meant for people. `str()` says what happened and what to do."""
 
     exit_code = 1
 

@@ -1,7 +1,7 @@
-"""The vocabulary: what is asked (Request), on what (Device), how it runs (Plan), what is said on the
-way (Event) and what came out (Result).
+"""The vocabulary: what is asked (Request), on what (Device), how it runs (Plan), what is said on
+the way (Event) and what came out (Result).
 
-Frozen values with an exact JSON round trip; fields that hold their default are left out when written.
+Frozen values with an exact JSON round trip; fields at their default are left out when written.
 """
 
 import re
@@ -18,7 +18,7 @@ MAX_SEED = 2**63 - 1  # torch.Generator takes more, SQLite and JavaScript tools 
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """Width and height in pixels, both at least 1. Written as "1328x1328" in JSON and on screens."""
+    """Width and height in pixels, both at least 1. Written as "1328x1328"."""
 
     width: int
     height: int
@@ -100,7 +100,9 @@ class Request(Value):
     seed: int | None = Field(
         default=None, ge=0, le=MAX_SEED, description="Seed of the first picture; None is random"
     )
-    images: int = Field(default=1, ge=1, le=100, description="Pictures, with seeds seed, seed+1 ...")
+    images: int = Field(
+        default=1, ge=1, le=100, description="Pictures, with seeds seed, seed+1 ..."
+    )
     truncate: bool = Field(default=False, description="Cut a prompt that is too long")
 
     @property

@@ -1,0 +1,147 @@
+"""Composition root: the only place that puts the parts together. Faces call this."""
+
+import importlib.metadata
+import secrets
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwen_image_tool import __version__, device, doctor, gallery, planner, store
+from qwen_image_tool.catalog import Model, load_catalog
+from qwen_image_tool.errors import ToolError
+from qwen_image_tool.settings import Settings
+from qwen_image_tool.types import (
+    Device,
+    Event,
+    ImageFile,
+    Notice,
+    PhaseStarted,
+    Plan,
+    Request,
+    Result,
+    Saved,
+    Size,
+)
+
+if TYPE_CHECKING:
+    from qwen_image_tool.engine.engine import Engine
+
+SEEDS = 2**32  # random seeds stay short enough to read out
+
+
+def never() -> bool:
+    return False
+
+
+class App:
+    """Everything the faces can ask for. Heavy parts load at their first use."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.catalog = load_catalog()
+        self._engine: Engine | None = None
+
+    def resolve(self, request: Request) -> tuple[Request, store.Installed]:
+        """The request with every choice filled in, and the model it names. Raises BadRequest."""
+        installed = store.locate(request.model, self.catalog, self.settings.models)
+        return installed.model.resolve(request, secrets.randbelow(SEEDS)), installed
+
+    def model(self, reference: str) -> Model:
+        """The catalogue's row of an id, or the one made for a local folder. Raises BadRequest."""
+        known = self.catalog.get(reference)
+        return known or store.locate(reference, self.catalog, self.settings.models).model
+
+    def describe(self, model: Model) -> dict[str, Any]:
+        """One line of a model list. `state`: "ready", "not here" or "not yet"."""
+        state, why = "ready", ""
+        try:
+            store.locate(model.id, self.catalog, self.settings.models)
+        except ToolError as error:
+            state = "not yet" if model.unsupported else "not here"
+            why = str(error)
+        licence = self.catalog.licence_of(model)
+        return {
+            "id": model.id,
+            "name": model.name,
+            "tasks": list(model.tasks),
+            "bytes": model.weight_bytes,
+            "licence": model.licence,
+            "commercial": licence.commercial,
+            "state": state,
+            "why": why,
+        }
+
+    def plan(self, request: Request, on: Device | None = None) -> tuple[Request, Plan]:
+        """What the request would do on this machine (read in a child process), or `on` another."""
+        resolved, installed = self.resolve(request)
+        where = on or device.probe(device.probe_in_child())
+        return resolved, planner.plan(resolved, installed, where)
+
+    def generate(
+        self,
+        request: Request,
+        emit: Callable[[Event], None],
+        is_cancelled: Callable[[], bool] = never,
+        output: Path | None = None,
+    ) -> Result:
+        """Make and save the pictures. What can be refused is refused before any weight is read.
+
+        Raises ToolError. A picture that was saved is whole and stays.
+        """
+        resolved, installed = self.resolve(request)
+        folder = output or self.settings.output
+        created = gallery.check_output(folder, planner.disk_bytes(resolved))
+        if created:
+            emit(Notice(text=created))
+
+        from qwen_image_tool.engine.engine import Engine
+        from qwen_image_tool.engine.probe import torch_facts
+
+        plan = planner.plan(resolved, installed, device.probe(torch_facts()))
+        for reason in plan.reasons:
+            emit(Notice(text=reason))
+        if self._engine is None or self._engine.installed != installed:
+            self._engine = Engine(installed)
+        images, seconds = self._engine.run(resolved, plan, emit, is_cancelled)
+
+        emit(PhaseStarted(phase="save"))
+        started = time.perf_counter()
+        versions = library_versions()
+        files = []
+        for index, image in enumerate(images):
+            alone = resolved.for_image(index)
+            path = gallery.save_image(
+                image, folder, alone, plan, versions, model_name=installed.model.name
+            )
+            emit(Saved(path=str(path), seed=alone.seeds[0]))
+            files.append(ImageFile(path=str(path), seed=alone.seeds[0], size=Size(*image.size)))
+        seconds["save"] = time.perf_counter() - started
+        return Result(
+            request=resolved, plan=plan, images=tuple(files), seconds=seconds, versions=versions
+        )
+
+    def examine(self) -> tuple[doctor.Check, ...]:
+        """Is this machine ready?"""
+        return doctor.examine(doctor.gather(self.settings, device.probe_in_child()))
+
+
+def made_otherwise(original: gallery.ImageInfo, result: Result) -> str:
+    """What the original was made with that this result was not; "" where all agrees."""
+    changes = [
+        f"{name} {version}"
+        for name, version in original.versions.items()
+        if result.versions.get(name) != version and name != "qwen_image_tool"
+    ]
+    if original.plan and original.plan.device != result.plan.device:
+        changes.append(f"the device {original.plan.device}")
+    if original.plan and original.plan.dtype != result.plan.dtype:
+        changes.append(original.plan.dtype)
+    return ", ".join(changes)
+
+
+def library_versions() -> dict[str, str]:
+    """What a picture's pixels depend on."""
+    libraries = ("torch", "diffusers", "transformers")
+    found = {name: importlib.metadata.version(name) for name in libraries}
+    return {"qwen_image_tool": __version__, **found}

@@ -1,0 +1,186 @@
+"""The model table: `models.json` and its reader. Everything known of a model is data in that file."""
+
+import difflib
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import Literal
+
+from pydantic import ConfigDict, Field
+
+from qwen_image_tool.errors import BadRequest
+from qwen_image_tool.types import Request, Size, Value
+
+DEFAULT_MODEL = "practice"
+Task = Literal["text-to-image", "edit", "layers"]
+Family = Literal["qwen-image", "qwen-image-2.1"]
+
+
+class Licence(Value):
+    name: str
+    url: str
+    commercial: bool
+
+
+class Component(Value):
+    """One part of a model. `class` in JSON is its diffusers or transformers class."""
+
+    model_config = ConfigDict(serialize_by_alias=True)
+    class_name: str = Field(alias="class")
+    parameters: int = 0
+    bytes: int = Field(default=0, description="Of its weights as published")
+    files: int = Field(default=0, description="Weight files (shards)")
+
+
+class Sizes(Value):
+    """Which sizes a model draws, in pixels. Any side is worked at the next multiple up."""
+
+    multiple: int
+    min_side: int
+    max_side: int
+    max_pixels: int
+    native: dict[str, Size]
+
+    def check(self, size: Size) -> None:
+        """Raises BadRequest with the nearest size of the same shape that is within the limits."""
+        within = (
+            min(size.width, size.height) >= self.min_side
+            and max(size.width, size.height) <= self.max_side
+            and size.pixels <= self.max_pixels
+        )
+        if not within:
+            raise BadRequest(
+                f"{size} is outside this model's limits ({self.min_side} to {self.max_side} pixels"
+                f" a side, {self.max_pixels / 1e6:.2f} megapixels at most).",
+                f"Nearest: --size {self._nearest(size)}.",
+            )
+
+    def _nearest(self, size: Size) -> Size:
+        shrink = min(
+            1.0,
+            self.max_side / max(size.width, size.height),
+            (self.max_pixels / size.pixels) ** 0.5,
+        )
+
+        def fit(side: int) -> int:
+            side = int(side * shrink) // self.multiple * self.multiple
+            return max(side, -(-self.min_side // self.multiple) * self.multiple)
+
+        return Size(fit(size.width), fit(size.height))
+
+
+class Sampling(Value):
+    """The model card's own settings. `sigmas`: a fixed schedule, for distilled models."""
+
+    steps: int
+    cfg: float
+    negative_prompt: str | None = None
+    sigmas: tuple[float, ...] | None = None
+    max_prompt_tokens: int | None = None
+
+
+class Scheduler(Value):
+    """Numbers of FlowMatchEulerDiscreteScheduler."""
+
+    base_image_seq_len: int
+    max_image_seq_len: int
+    base_shift: float
+    max_shift: float
+    shift: float
+    shift_terminal: float | None
+    time_shift_type: Literal["exponential", "linear"]
+    use_dynamic_shifting: bool
+    num_train_timesteps: int
+
+
+class Model(Value):
+    """One row of the catalogue."""
+
+    id: str
+    name: str
+    repo: str = Field(default="", description="On Hugging Face and, under the same id, ModelScope")
+    released: str
+    licence: str
+    family: Family
+    pipeline: str = Field(description="diffusers pipeline class in model_index.json")
+    tasks: tuple[Task, ...]
+    unsupported: str = Field(default="", description="Why this version can't run it, if so")
+    components: dict[str, Component]
+    sizes: Sizes
+    sampling: Sampling
+    scheduler: Scheduler
+    decode_bytes_per_pixel: int = Field(description="Working memory of the VAE, bfloat16")
+    note: str = ""
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(component.bytes for component in self.components.values())
+
+    def resolve(self, request: Request, seed: int) -> Request:
+        """The request with every open choice filled in: the model's own values, and `seed`.
+
+        Raises BadRequest where the request asks for what this model can't do.
+        """
+        if not request.prompt.strip():
+            raise BadRequest("The prompt is empty.", "Say in a sentence what the picture shows.")
+        size = request.size or self.sizes.native["1:1"]
+        self.sizes.check(size)
+        if self.scheduler.shift_terminal and request.steps == 1:
+            raise BadRequest(f"{self.name} can't draw in one step.", "Use --steps 2 or more.")
+        fixed = self.sampling.sigmas
+        if fixed and request.steps not in (None, len(fixed)):
+            raise BadRequest(
+                f"{self.name} always takes {len(fixed)} steps, not {request.steps}.",
+                "Leave --steps out.",
+            )
+        cfg = self.sampling.cfg if request.cfg is None else request.cfg
+        negative = request.negative_prompt
+        if negative is None and cfg > 1:
+            negative = self.sampling.negative_prompt or " "
+        if negative is not None and negative.strip() and cfg <= 1:
+            raise BadRequest(
+                "A negative prompt does nothing at CFG 1.", "Use --cfg above 1, such as --cfg 4."
+            )
+        return request.model_copy(
+            update={
+                "size": size,
+                "steps": self.sampling.steps if request.steps is None else request.steps,
+                "cfg": cfg,
+                "negative_prompt": negative if cfg > 1 else None,
+                "seed": seed if request.seed is None else request.seed,
+            }
+        )
+
+
+class Catalog(Value):
+    licences: dict[str, Licence]
+    models: tuple[Model, ...]
+
+    def get(self, name: str) -> Model | None:
+        """The model whose id or repository is exactly `name`."""
+        return next((m for m in self.models if name in (m.id, m.repo)), None)
+
+    def find(self, name: str) -> Model:
+        """Like `get`, but raises BadRequest that names the nearest id."""
+        model = self.get(name)
+        if model is None:
+            raise BadRequest(
+                f"There is no model {name!r}.",
+                did_you_mean(name, [m.id for m in self.models]),
+            )
+        return model
+
+    def licence_of(self, model: Model) -> Licence:
+        return self.licences[model.licence]
+
+
+def load_catalog() -> Catalog:
+    text = files(__package__).joinpath("models.json").read_bytes()
+    return Catalog.from_json(text)
+
+
+def did_you_mean(word: str, choices: Sequence[str]) -> str:
+    """A hint that names the nearest of `choices`, or all of them."""
+    near = difflib.get_close_matches(word.lower(), [c.lower() for c in choices], 1, cutoff=0.5)
+    if near:
+        return f"Did you mean {next(c for c in choices if c.lower() == near[0])!r}?"
+    return "Choose one of " + ", ".join(choices) + "."

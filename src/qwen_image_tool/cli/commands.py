@@ -1,0 +1,251 @@
+"""`qit`: the commands."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qwen_image_tool import __version__, gallery, logs
+from qwen_image_tool.app import App, made_otherwise
+from qwen_image_tool.catalog import DEFAULT_MODEL
+from qwen_image_tool.catalog.sizes import menu_size, native_size
+from qwen_image_tool.cli.screen import Screen
+from qwen_image_tool.doctor import worst
+from qwen_image_tool.errors import BadRequest, Cancelled, ToolError
+from qwen_image_tool.settings import load_settings
+from qwen_image_tool.types import Request, Size
+
+cli = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Make pictures with Alibaba's open Qwen-Image models on this computer.",
+)
+models = typer.Typer(no_args_is_help=True, help="The models: what there is, what they need.")
+cli.add_typer(models, name="models")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help="A model of `qit models list`, or a model folder."),
+]
+SizeOption = Annotated[
+    str | None, typer.Option("--size", help="Pixels, WIDTHxHEIGHT, such as 1328x1328.")
+]
+Ratio = Annotated[
+    str | None, typer.Option(help="1:1, 16:9, 9:16, 4:3, 3:4, 3:2 or 2:3, at the model's own size.")
+]
+Resolution = Annotated[
+    str | None, typer.Option(help="Small, Medium, Large or Max, for the ratio (1:1 if none).")
+]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps.")]
+Cfg = Annotated[float | None, typer.Option(help="True CFG scale; 1 is off.")]
+Negative = Annotated[str | None, typer.Option(help="What the picture should not show.")]
+Count = Annotated[int | None, typer.Option("--n", help="How many pictures.")]
+
+
+def main() -> None:
+    """The installed command. Exit codes: 0 done, 1 failed, 2 can't be asked for, 130 stopped."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line; returns its exit code."""
+    screen = Screen(as_json="--json" in arguments)
+    try:
+        logs.set_up(load_settings().logs)
+        code = cli(args=arguments, prog_name="qit", standalone_mode=False)
+    except ToolError as error:
+        logs.record_failure(error)
+        screen.failure(error)
+        return error.exit_code
+    except typer.TyperException as error:
+        screen.failure(_usage(error))
+        return BadRequest.exit_code
+    if code == Cancelled.exit_code:  # Typer's answer to Ctrl-C
+        screen.failure(Cancelled("Stopped.", "Nothing unfinished was kept."))
+    return code or 0
+
+
+@cli.command()
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="What the picture shows.")] = None,
+    model: ModelOption = None,
+    size: SizeOption = None,
+    ratio: Ratio = None,
+    resolution: Resolution = None,
+    steps: Steps = None,
+    cfg: Cfg = None,
+    negative: Negative = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the first picture.")] = None,
+    n: Count = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the pictures.")] = None,
+    source: Annotated[
+        Path | None, typer.Option("--from", help="A picture of ours: make it again.")
+    ] = None,
+    truncate: Annotated[
+        bool, typer.Option("--truncate", help="Cut off the end of a prompt that is too long.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Make a picture from a sentence, and print its path.
+
+    [bold]Examples[/]
+
+      qit generate "a red circle left of a blue square on a yellow background"
+
+      qit generate "a large green star" --ratio 16:9 --n 4 --seed 7
+
+      qit generate --from output/20261123-101500-seed7.png --steps 30
+    """
+    app = App(load_settings())
+    fields = gallery.request_from(source).to_dict() if source else {"model": DEFAULT_MODEL}
+    fields |= _given(model=model, prompt=prompt, steps=steps, cfg=cfg, negative_prompt=negative)
+    fields |= _given(seed=seed, images=n, truncate=truncate or None)
+    fields |= _given(size=_size(app, fields["model"], size, ratio, resolution))
+    screen = Screen(as_json)
+    with screen.progress() as show:
+        result = app.generate(Request.from_user(**fields), show, output=out)
+    if source and (change := made_otherwise(gallery.read_image_info(source), result)):
+        screen.note(f"The original was made with {change}: pixels may differ.")
+    if as_json:
+        screen.json(result.to_dict())
+    else:
+        for image in result.images:
+            screen.line(image.path)
+
+
+@cli.command()
+def plan(
+    model: Annotated[
+        str, typer.Argument(help="A model of `qit models list`, or a model folder.")
+    ] = DEFAULT_MODEL,
+    size: SizeOption = None,
+    ratio: Ratio = None,
+    resolution: Resolution = None,
+    steps: Steps = None,
+    cfg: Cfg = None,
+    n: Count = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a picture will need on this computer, without making it.
+
+    [bold]Examples[/]
+
+      qit plan
+
+      qit plan qwen-image --ratio 16:9 --resolution Large --json
+    """
+    app = App(load_settings())
+    fields = {"model": model, "prompt": "a prompt"}
+    fields |= _given(steps=steps, cfg=cfg, images=n)
+    fields |= _given(size=_size(app, model, size, ratio, resolution))
+    request, found = app.plan(Request.from_user(**fields))
+    screen = Screen(as_json)
+    if as_json:
+        screen.json({"request": request.to_dict(), "plan": found.to_dict()})
+    else:
+        screen.plan(request, found)
+
+
+@cli.command()
+def info(
+    image: Annotated[Path, typer.Argument(help="A PNG picture.")], as_json: Json = False
+) -> None:
+    """Show what a picture was made from.
+
+    [bold]Example[/]
+
+      qit info output/20261123-101500-seed7.png
+    """
+    found = gallery.read_image_info(image)
+    screen = Screen(as_json)
+    if as_json:
+        screen.json(found.to_dict())
+    else:
+        screen.image(found)
+
+
+@cli.command(name="doctor")
+def doctor_command(as_json: Json = False) -> None:
+    """Check that this computer is ready: Python, torch and the GPU, memory, disk, folders.
+
+    Ends with 1 where something fails.
+    """
+    checks = App(load_settings()).examine()
+    screen = Screen(as_json)
+    if as_json:
+        screen.json({"checks": [check.to_dict() for check in checks]})
+    else:
+        screen.checks(checks)
+    raise typer.Exit(1 if worst(checks) == "fail" else 0)
+
+
+@models.command(name="list")
+def list_models(as_json: Json = False) -> None:
+    """List the models of the family: what they do, their size and licence."""
+    app = App(load_settings())
+    rows = [app.describe(model) for model in app.catalog.models]
+    screen = Screen(as_json)
+    if as_json:
+        screen.json({"models": rows})
+    else:
+        screen.models(rows)
+
+
+@models.command()
+def show(
+    model: Annotated[str, typer.Argument(help="An id of `qit models list`.")],
+    as_json: Json = False,
+) -> None:
+    """Show all that is known of one model.
+
+    [bold]Example[/]
+
+      qit models show qwen-image-2512
+    """
+    app = App(load_settings())
+    entry = app.catalog.find(model)
+    screen = Screen(as_json)
+    if as_json:
+        screen.json(entry.to_dict() | app.describe(entry))
+    else:
+        screen.model(entry, app.describe(entry), app.catalog.licence_of(entry))
+
+
+@cli.callback(invoke_without_command=True)
+def options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        Screen().line(f"qit {__version__}")
+        raise typer.Exit
+
+
+def _given(**fields: Any) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _size(
+    app: App, model: str, size: str | None, ratio: str | None, resolution: str | None
+) -> Size | None:
+    """The size that the three options name; None where none of them is given."""
+    if size and (ratio or resolution):
+        raise BadRequest("--size already says both.", "Leave --ratio and --resolution out.")
+    if size:
+        try:
+            return Size.parse(size)
+        except ValueError as error:
+            raise BadRequest(f"--size {error}.", "Write it as WIDTHxHEIGHT: 1024x768.") from error
+    if resolution:
+        return menu_size(ratio or "1:1", resolution)
+    return native_size(app.model(model).sizes.native, ratio) if ratio else None
+
+
+def _usage(error: typer.TyperException) -> BadRequest:
+    command = getattr(getattr(error, "ctx", None), "command_path", "qit")
+    text = error.format_message() if hasattr(error, "format_message") else str(error)
+    return BadRequest(text, f"`{command} --help` shows what there is.")

@@ -1,0 +1,219 @@
+"""What the command line shows: results on stdout, everything on the way on stderr."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import TimeRemainingColumn as Remaining
+from rich.table import Table
+from rich.text import Text
+
+from qwen_image_tool.catalog import Licence, Model
+from qwen_image_tool.doctor import Check
+from qwen_image_tool.errors import ToolError
+from qwen_image_tool.gallery import ImageInfo
+from qwen_image_tool.types import Event, Notice, PhaseStarted, Plan, Request, Saved, Stepped
+
+PHASES = {
+    "load": "Loading the model",
+    "encode": "Reading the prompt",
+    "denoise": "Drawing",
+    "decode": "Developing the picture",
+    "save": "Saving",
+}
+QUIET_SECONDS = 2.0  # between two plain progress lines
+
+
+class Screen:
+    """One command's output. `as_json`: stdout carries one JSON object and nothing else."""
+
+    def __init__(self, as_json: bool = False) -> None:
+        self.as_json = as_json
+        self.out = Console(file=sys.stdout, soft_wrap=True, highlight=False)
+        self.notes = Console(file=sys.stderr, soft_wrap=True, highlight=False)
+
+    def json(self, data: dict[str, Any]) -> None:
+        self.line(json.dumps(data, ensure_ascii=False))
+
+    def line(self, text: str) -> None:
+        self.out.print(text, markup=False)
+
+    def note(self, text: str) -> None:
+        self.notes.print(text, markup=False)
+
+    def failure(self, error: ToolError) -> None:
+        if self.as_json:
+            kind = type(error).__name__
+            detail = {"kind": kind, "message": error.message, "hint": error.hint}
+            self.json({"error": detail})
+        else:
+            self.note(f"qit: {error}")
+
+    def rows(self, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+        """A plain table that stays readable without colours and in narrow windows."""
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+        for position, column in enumerate(header):
+            table.add_column(column, overflow="fold", no_wrap=position == 0)
+        for row in rows:
+            table.add_row(*(Text(cell) for cell in row))
+        self.out.print(table)
+
+    def facts(self, facts: dict[str, object]) -> None:
+        """One fact a line; empty ones are left out."""
+        width = max(len(name) for name in facts) + 2
+        for name, value in facts.items():
+            if value not in (None, ""):
+                self.line(f"{name + ':':<{width}}{value}")
+
+    def plan(self, request: Request, plan: Plan) -> None:
+        self.facts(
+            {
+                "Model": request.model,
+                "Size": f"{request.size}, {request.images} picture(s)",
+                "Sampling": f"{request.steps} steps, CFG {request.cfg:g},"
+                f" {plan.forwards} passes through the model",
+                "Device": f"{plan.device}, {plan.dtype}",
+                "Disk": f"{plan.disk_bytes / 1e6:.1f} MB at most",
+            }
+        )
+        self.line("")
+        self.rows(
+            ("Phase", "RAM", "VRAM"),
+            [
+                (PHASES[need.phase], gib(need.ram_bytes), gib(need.vram_bytes))
+                for need in plan.phases
+            ],
+        )
+        self.line("")
+        for reason in plan.reasons:
+            self.line(f"- {reason}")
+
+    def image(self, info: ImageInfo) -> None:
+        self.line(f"{info.size} pixels")
+        self.line(info.parameters or "It says nothing of how it was made.")
+        if info.request:
+            self.line("")
+            self.facts({"Model": info.request.model, **dict(info.versions)})
+            if info.plan:
+                self.facts({"Made on": f"{info.plan.device}, {info.plan.dtype}"})
+
+    def models(self, rows: list[dict[str, Any]]) -> None:
+        self.rows(
+            ("Model", "State", "Weights", "Does", "Licence"),
+            [
+                (
+                    row["id"],
+                    row["state"],
+                    f"{row['bytes'] / 1e9:.1f} GB",
+                    ", ".join(row["tasks"]),
+                    row["licence"] + ("" if row["commercial"] else " (non-commercial)"),
+                )
+                for row in rows
+            ],
+        )
+
+    def model(self, model: Model, described: dict[str, Any], licence: Licence) -> None:
+        sampling = model.sampling
+        self.facts(
+            {
+                "Model": f"{model.name} ({model.id})",
+                "State": described["why"] or described["state"],
+                "From": model.repo,
+                "Released": model.released,
+                "Licence": f"{licence.name}, "
+                + ("" if licence.commercial else "NOT for commercial use, ")
+                + licence.url,
+                "Does": ", ".join(model.tasks),
+                "Sizes": ", ".join(f"{ratio} {size}" for ratio, size in model.sizes.native.items()),
+                "Limits": f"{model.sizes.min_side} to {model.sizes.max_side} pixels a side,"
+                f" {model.sizes.max_pixels / 1e6:.2f} megapixels",
+                "Steps": sampling.steps,
+                "CFG": f"{sampling.cfg:g}",
+                "Negative": sampling.negative_prompt and sampling.negative_prompt.strip(),
+                "Note": model.note,
+            }
+        )
+        self.line("")
+        self.rows(
+            ("Component", "Weights", "Files", "Class"),
+            [
+                (name, f"{part.bytes / 1e9:.3f} GB", str(part.files), part.class_name)
+                for name, part in model.components.items()
+            ],
+        )
+
+    def checks(self, checks: tuple[Check, ...]) -> None:
+        colours = {"pass": "green", "warn": "yellow", "fail": "red"}
+        for check in checks:
+            self.out.print(f"[{colours[check.status]}]{check.status.upper()}[/]  ", end="")
+            self.line(f"{check.name}: {check.finding}")
+            if check.next_step:
+                self.line(f"      -> {check.next_step}")
+
+    @contextmanager
+    def progress(self) -> Iterator["_Bar | _Lines"]:
+        """Receives events: a bar on a terminal, plain lines elsewhere."""
+        if self.notes.is_terminal:
+            with Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[speed]}"),
+                Remaining(),
+                console=self.notes,
+                transient=True,
+            ) as progress:
+                yield _Bar(self, progress)
+        else:
+            yield _Lines(self)
+
+
+class _Bar:
+    def __init__(self, screen: Screen, progress: Progress) -> None:
+        self._screen, self._progress = screen, progress
+        self._task: TaskID | None = None
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Notice):
+            self._screen.note(event.text)
+        elif isinstance(event, PhaseStarted):
+            if self._task is not None:
+                self._progress.remove_task(self._task)
+            self._task = self._progress.add_task(PHASES[event.phase], total=None, speed="")
+        elif isinstance(event, Stepped) and self._task is not None:
+            self._progress.update(
+                self._task, completed=event.step, total=event.steps, speed=_speed(event.seconds)
+            )
+
+
+class _Lines:
+    def __init__(self, screen: Screen) -> None:
+        self._screen = screen
+        self._last = 0.0
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Notice):
+            self._screen.note(event.text)
+        elif isinstance(event, PhaseStarted):
+            self._screen.note(f"{PHASES[event.phase]} ...")
+        elif isinstance(event, Saved):
+            return
+        elif event.step == event.steps or time.monotonic() - self._last > QUIET_SECONDS:
+            self._last = time.monotonic()
+            left = event.seconds * (event.steps - event.step)
+            self._screen.note(
+                f"  step {event.step}/{event.steps}, {_speed(event.seconds)}, {left:.0f} s left"
+            )
+
+
+def _speed(seconds: float) -> str:
+    return f"{seconds:.2f} s/step"
+
+
+def gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size else "-"

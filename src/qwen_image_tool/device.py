@@ -1,0 +1,212 @@
+"""What the hardware is, read once: torch's part (TorchFacts, read in engine/) and the host's.
+
+No torch here: `probe_in_child` asks it in a process of its own, which a broken driver may kill.
+"""
+
+import contextlib
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+import psutil
+from pydantic import ValidationError
+
+from qwen_image_tool.errors import ToolError
+from qwen_image_tool.types import Device, Value
+
+PROBE_SECONDS = 120  # the first import of torch from a hard disk takes a minute
+REINSTALL = "Run `./qit setup` (Windows: `qit setup`) to install it again."
+
+
+class TorchFacts(Value):
+    """What torch says of itself and of the first GPU it can use. Sizes in bytes.
+
+    `error`: why torch can't be used at all. `gpu_error`: why its GPU can't, in torch's words.
+    """
+
+    version: str = ""
+    built_for: str = ""  # "CUDA 13.0", "ROCm 7.2", "XPU", "MPS"; "" is a build for the CPU alone
+    kind: Literal["cpu", "cuda", "rocm", "xpu", "mps"] = "cpu"
+    gpu: str = ""
+    gpus: int = 0
+    vram_bytes: int = 0
+    vram_free_bytes: int = 0
+    bf16: bool = False
+    capability: str = ""
+    shared_memory: bool = False
+    driver: str = ""
+    error: str = ""
+    gpu_error: str = ""
+
+
+class NvidiaCard(Value):
+    """The first NVIDIA GPU, as its driver names it: torch need not be there."""
+
+    name: str
+    driver: str
+
+
+def probe(facts: TorchFacts) -> Device:
+    """The device that a run uses. Raises ToolError where torch can't be used at all."""
+    if facts.error:
+        raise ToolError(f"torch can't be used: {facts.error}", REINSTALL)
+    ram_bytes, ram_free_bytes = memory()
+    notes = []
+    if facts.gpu_error:
+        notes.append(f"The GPU is not used: {facts.gpu_error}")
+    if facts.gpus > 1:
+        notes.append(f"There are {facts.gpus} GPUs; the first is used.")
+    return Device(
+        kind=facts.kind,
+        name=facts.gpu or cpu_name(),
+        ram_bytes=ram_bytes,
+        ram_free_bytes=ram_free_bytes,
+        vram_bytes=facts.vram_bytes,
+        vram_free_bytes=facts.vram_free_bytes,
+        cores=cores(),
+        bf16=facts.bf16,
+        shared_memory=facts.shared_memory,
+        driver=facts.driver,
+        torch=facts.version,
+        notes=tuple(notes),
+    )
+
+
+def probe_in_child(
+    seconds: float = PROBE_SECONDS, module: str = "qwen_image_tool.engine.probe"
+) -> TorchFacts:
+    """TorchFacts from a child process. Never raises: what went wrong is in `error`, with the last
+    lines the child wrote."""
+    child = subprocess.Popen(
+        [sys.executable, "-P", "-X", "utf8", "-m", module],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        errors="replace",
+        creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
+    )
+    try:
+        out, err = child.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the driver: leave it
+            child.communicate(timeout=5)
+        return TorchFacts(error=f"it did not answer within {seconds:g} seconds.")
+    with contextlib.suppress(ValidationError, IndexError):
+        return TorchFacts.from_json(out.splitlines()[-1])
+    last = " ".join(err.strip().splitlines()[-3:])
+    return TorchFacts(error=f"its process ended with code {child.returncode}. {last}".strip())
+
+
+def nvidia_card() -> NvidiaCard | None:
+    """Asks nvidia-smi, then /proc; None where neither knows an NVIDIA GPU."""
+    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    flags = getattr(subprocess, "CREATE_NO_WINDOW", 0)
+    try:
+        out = subprocess.run(
+            command, capture_output=True, timeout=20, check=True, creationflags=flags
+        ).stdout.decode(errors="replace")
+        name, _, driver = out.splitlines()[0].rpartition(",")
+        return NvidiaCard(name=name.strip(), driver=driver.strip())
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return _nvidia_from_proc(Path("/proc/driver/nvidia"))
+
+
+def memory(root: Path = Path("/")) -> tuple[int, int]:
+    """Bytes of RAM this process may have: in all, and now. A container's limit counts."""
+    ram = psutil.virtual_memory()
+    total, free = ram.total, ram.available
+    for limit, used in _cgroup_memory(root):
+        total, free = min(total, limit), min(free, max(limit - used, 0))
+    return total, free
+
+
+def cores(root: Path = Path("/")) -> int:
+    """CPU cores this process may use: its affinity, and a container's quota."""
+    allowed = os.cpu_count() or 1
+    if sys.platform == "linux":
+        allowed = len(os.sched_getaffinity(0))
+    return max(1, min([allowed, *_cgroup_cores(root)]))
+
+
+def cpu_name() -> str:
+    """The processor's name, "CPU" where the system does not tell."""
+    if sys.platform == "darwin":
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        return done.stdout.strip() or "CPU"
+    named = _first_after([Path("/proc/cpuinfo")], "model name")
+    return (named or platform.processor()).lstrip("\t: ") or "CPU"
+
+
+# NVIDIA without nvidia-smi
+
+
+def _nvidia_from_proc(folder: Path) -> NvidiaCard | None:
+    name = _first_after(folder.glob("gpus/*/information"), "Model:")
+    if name is None:
+        return None
+    version = _read(folder / "version").split("Kernel Module")[-1].split()
+    return NvidiaCard(name=name, driver=next((w for w in version if w[0].isdigit()), ""))
+
+
+def _first_after(paths: Iterable[Path], label: str) -> str | None:
+    for path in paths:
+        for line in _read(path).splitlines():
+            if line.startswith(label):
+                return line.removeprefix(label).strip()
+    return None
+
+
+# Limits of a container (kernel docs: cgroup-v1/memory, scheduler/sched-bwc, cgroup-v2)
+
+
+def _cgroup_memory(root: Path) -> Iterator[tuple[int, int]]:
+    """(limit, used) of every group this process is in that has a limit. Page cache that the kernel
+    would drop is not used."""
+    for folder in _groups(root, "memory"):
+        stat = dict(line.split() for line in _read(folder / "memory.stat").splitlines())
+        for limit, usage, cache in (
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ):
+            most, now = _read(folder / limit).strip(), _read(folder / usage).strip()
+            if most.isdigit() and now.isdigit():
+                yield int(most), int(now) - int(stat.get(cache, 0))
+
+
+def _cgroup_cores(root: Path) -> Iterator[int]:
+    for folder in _groups(root, "cpu"):
+        quota = _read(folder / "cpu.max").split() or [
+            _read(folder / "cpu.cfs_quota_us").strip(),
+            _read(folder / "cpu.cfs_period_us").strip(),
+        ]
+        if all(text.isdigit() for text in quota) and int(quota[0]) > 0:
+            yield math.ceil(int(quota[0]) / int(quota[1]))
+
+
+def _groups(root: Path, controller: str) -> Iterator[Path]:
+    """This process' group and all above it, for version 2 and for version 1 of cgroups."""
+    mount = root / "sys/fs/cgroup"
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, names, own = line.split(":", 2)
+        if names and controller not in names.split(","):
+            continue
+        base = mount / controller if names else mount
+        # inside a container the path is the host's, and only the mount's root is there
+        inner = PurePosixPath(own.lstrip("/"))
+        for group in dict.fromkeys([inner, *inner.parents]):
+            yield base / group
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,1 @@
+"""Where torch works: the only rooms that import it."""

@@ -1,0 +1,115 @@
+"""Where messages go: people read one line on stderr, the file keeps all with full tracebacks.
+
+Nothing here touches stdout, which belongs to the results.
+"""
+
+import contextlib
+import logging
+import os
+import sys
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+
+OURS = "qwen_image_tool"
+LIBRARIES = ("diffusers", "transformers", "huggingface_hub", "accelerate")
+FILE_BYTES = 1 << 20
+OLD_FILES = 5
+
+_log = logging.getLogger(__name__)
+
+
+def log_path(folder: Path) -> Path:
+    """The newest log file in the log folder; older ones end in .1 to .5."""
+    return folder / "qit.log"
+
+
+def set_up(folder: Path, verbose: bool = False) -> None:
+    """Send our messages to stderr and everything to `log_path(folder)`; the last call counts.
+
+    `verbose` adds our debug messages and the libraries' warnings to stderr. A log folder that can't
+    be written costs one warning and no more.
+    """
+    root = logging.getLogger()
+    tear_down()
+    root.setLevel(logging.INFO)
+    logging.getLogger(OURS).setLevel(logging.DEBUG)
+    if sys.stderr is not None:  # a Windows program without a console has none
+        root.addHandler(_Console(verbose))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        root.addHandler(_File(log_path(folder)))
+    except OSError as error:
+        _log.warning("No log file is kept: %s.", error)
+    logging.captureWarnings(True)
+    adopt_libraries()
+
+
+def adopt_libraries() -> None:
+    """Take the libraries' own console handlers away. Call again after importing one of them:
+    each adds its handler when it is imported."""
+    for name in LIBRARIES:
+        library = logging.getLogger(name)
+        library.handlers.clear()
+        library.propagate = True
+
+
+def tear_down() -> None:
+    """Undo `set_up`: close the file and give warnings back."""
+    root = logging.getLogger()
+    for handler in [h for h in root.handlers if isinstance(h, _Console | _File)]:
+        root.removeHandler(handler)
+        handler.close()
+    logging.captureWarnings(False)
+
+
+class _Console(logging.StreamHandler):  # type: ignore[type-arg]
+    """One line a message, without traceback."""
+
+    def __init__(self, verbose: bool) -> None:
+        super().__init__(sys.stderr)
+        self.verbose = verbose
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.name == OURS or record.name.startswith(OURS + "."):
+            return record.levelno >= (logging.DEBUG if self.verbose else logging.INFO)
+        captured = record.name == "py.warnings"
+        return self.verbose and record.levelno >= logging.WARNING and not captured
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = " ".join(record.getMessage().splitlines())
+        return text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}"
+
+
+class _File(RotatingFileHandler):
+    """Several processes may write to it; one that can't write any more stops with one warning."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, maxBytes=FILE_BYTES, backupCount=OLD_FILES, encoding="utf-8")
+        self.setFormatter(
+            logging.Formatter("%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s")
+        )
+
+    def doRollover(self) -> None:  # noqa: N802
+        if self.stream:
+            self.stream.close()
+        try:
+            os.rename(self.baseFilename, self.baseFilename)  # noqa: PTH104
+        except OSError:  # Windows, and another of our processes has the file open: grow instead
+            self.stream = self._open()
+        else:
+            super().doRollover()
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            logging.getLogger().removeHandler(self)
+            with contextlib.suppress(OSError):
+                self.close()
+            _log.warning("The log file is given up: %s.", error)
+        else:
+            super().handleError(record)
+
+
+def record_failure(error: BaseException) -> None:
+    """Keep the full traceback in the log file; the console shows the sentence alone."""
+    _log.debug("The command failed.", exc_info=error)

@@ -1,0 +1,112 @@
+"""Settings, declared once: where things lie on this computer.
+
+Each one is read from the environment (QIT_OUTPUT), else from the config file, else has its default.
+QIT_HOME puts everything but the pictures under one folder; tests always set it.
+"""
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+from pydantic import Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from qwen_image_tool.errors import BadRequest
+
+APP = "QwenImage"
+ENV_PREFIX = "QIT_"
+
+
+def home() -> Path | None:
+    """The folder in QIT_HOME, absolute; None where the platform's own folders are used."""
+    text = os.environ.get(ENV_PREFIX + "HOME", "")
+    return Path(os.path.abspath(Path(text).expanduser())) if text else None  # noqa: PTH100
+
+
+def config_path() -> Path:
+    """The config file: it need not exist."""
+    return (home() or platformdirs.user_config_path(APP, appauthor=False)) / "config.toml"
+
+
+def _models() -> Path:
+    return (home() or platformdirs.user_data_path(APP, appauthor=False)) / "models"
+
+
+def _cache() -> Path:
+    own = home()
+    return own / "cache" if own else platformdirs.user_cache_path(APP, appauthor=False)
+
+
+def _logs() -> Path:
+    own = home()
+    return own / "logs" if own else platformdirs.user_log_path(APP, appauthor=False)
+
+
+class _ConfigFile(TomlConfigSettingsSource):
+    def _read_file(self, file_path: Any) -> dict[str, Any]:
+        # Windows' Notepad may start the file with a byte order mark, which TOML refuses
+        return tomllib.loads(file_path.read_text(encoding="utf-8-sig"))
+
+
+class Settings(BaseSettings):
+    """Folders, as given by the user: a relative one counts from the current folder."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, env_ignore_empty=True, frozen=True, extra="forbid"
+    )
+
+    output: Path = Field(default=Path("output"), description="Folder that pictures are saved in")
+    models: Path = Field(default_factory=_models, description="Folder that holds the models")
+    cache: Path = Field(default_factory=_cache, description="Folder for what can be made again")
+    logs: Path = Field(default_factory=_logs, description="Folder of the log files")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, _ConfigFile(settings_cls, config_path())
+
+
+def load_settings() -> Settings:
+    """Environment, else config file, else default; `~` is expanded.
+
+    Raises BadRequest that names the file and the key where a setting is broken or unknown.
+    """
+    try:
+        settings = Settings()
+        folders = {name: folder.expanduser() for name, folder in settings}
+    except ValidationError as error:
+        raise _broken_setting(error) from error
+    except ValueError as error:  # not TOML, or not UTF-8
+        raise BadRequest(
+            f"{config_path()} can't be read: {error}.",
+            "Write one setting a line, paths in single quotes: output = 'D:\\pictures'.",
+        ) from error
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~name of an unknown user
+        raise BadRequest(
+            f"{config_path()} can't be used: {error}.", "Correct it, or move it away."
+        ) from error
+    return settings.model_copy(update=folders)
+
+
+def _broken_setting(error: ValidationError) -> BadRequest:
+    first = error.errors()[0]
+    key = str(first["loc"][0])
+    known = ", ".join(Settings.model_fields)
+    if first["type"] == "extra_forbidden":
+        return BadRequest(f"{config_path()}: there is no setting {key!r}.", f"There are: {known}.")
+    variable = ENV_PREFIX + key.upper()
+    where = variable if os.environ.get(variable) else f"{config_path()}: {key}"
+    return BadRequest(f"{where} is {first['input']!r}.", f"{first['msg']}.")

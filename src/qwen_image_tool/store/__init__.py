@@ -1,0 +1,152 @@
+"""Weights on disk: which models are there, and whether they are whole.
+
+A model is a folder in the diffusers layout: `model_index.json` and one sub-folder a component.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from qwen_image_tool.catalog import DEFAULT_MODEL, Catalog, Model, did_you_mean
+from qwen_image_tool.errors import BadRequest, ModelMissing, ModelUnsupported
+from qwen_image_tool.types import Value
+
+LOCAL_FAMILY = "qwen-image"  # the catalogue row whose settings an unlisted local folder takes
+
+
+class Installed(Value):
+    """A model that is on this computer. `bytes` maps each component to the size of its weights."""
+
+    model: Model
+    folder: Path
+    bytes: dict[str, int]
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(self.bytes.values())
+
+
+def practice_folder() -> Path:
+    """The practice model that the package carries."""
+    return Path(__file__).parent.parent / "practice" / "weights"
+
+
+def locate(reference: str, catalog: Catalog, models_folder: Path) -> Installed:
+    """Find the model that `reference` names: a catalogue id, a repository, or a local folder.
+
+    Raises BadRequest (no such model), ModelUnsupported (this version can't run it) or
+    ModelMissing (the folder, a component or a file of it is not there).
+    """
+    model = catalog.get(reference)
+    if model is None:
+        folder = Path(reference).expanduser()
+        if not folder.is_dir():
+            raise _unknown(reference, catalog)
+        return inspect(folder, _local_model(folder, catalog))
+    if model.unsupported:
+        raise ModelUnsupported(
+            f"{model.name} can't run yet. {model.unsupported}", "`qit models list` shows what can."
+        )
+    folder = practice_folder() if model.id == DEFAULT_MODEL else models_folder / model.id
+    if not folder.is_dir():
+        raise ModelMissing(
+            f"{model.name} is not on this computer.",
+            f"Put the files of {model.repo} into {folder}, or give --model the folder they are in.",
+        )
+    return inspect(folder, model)
+
+
+def inspect(folder: Path, model: Model) -> Installed:
+    """Check that every component of `model` is whole in `folder`, without reading any tensor.
+
+    Raises ModelMissing that names the first file which is not there, ModelUnsupported where the
+    folder holds another kind of model.
+    """
+    index = _read_json(folder / "model_index.json")
+    found = index.get("_class_name")
+    if found != model.pipeline:
+        raise ModelUnsupported(
+            f"{folder} holds a {found}, and this version runs {model.pipeline} folders.",
+            "Choose the folder of a text-to-image Qwen-Image model.",
+        )
+    return Installed(
+        model=model,
+        folder=folder,
+        bytes={name: _component_bytes(folder / name, name) for name in model.components},
+    )
+
+
+def _unknown(reference: str, catalog: Catalog) -> BadRequest:
+    if Path(reference).is_absolute() or any(sep in reference for sep in ("/", "\\")):
+        return ModelMissing(
+            f"The model folder {reference} does not exist.", "Check the path given to --model."
+        )
+    hint = did_you_mean(reference, [m.id for m in catalog.models])
+    return BadRequest(f"There is no model or folder {reference!r}.", hint)
+
+
+def _local_model(folder: Path, catalog: Catalog) -> Model:
+    """A catalogue row for a folder the catalogue doesn't know: the 20B text-to-image settings, with
+    the size multiple that the folder's VAE needs."""
+    base = catalog.find(LOCAL_FAMILY)
+    vae = _read_json(folder / "vae" / "config.json")
+    levels = len(vae.get("temperal_downsample", (False, True, True)))
+    transformer = _read_json(folder / "transformer" / "config.json")
+    if transformer.get("zero_cond_t") or transformer.get("use_additional_t_cond"):
+        raise ModelUnsupported(
+            f"The transformer in {folder} is one that edits or splits pictures.",
+            "Choose the folder of a text-to-image Qwen-Image model.",
+        )
+    multiple = 2 ** (levels + 1)
+    sizes = base.sizes.model_copy(update={"multiple": multiple})
+    width = vae.get("base_dim", 96)
+    return base.model_copy(
+        update={
+            "id": str(folder),
+            "name": folder.name,
+            "repo": "",
+            "sizes": sizes,
+            "decode_bytes_per_pixel": base.decode_bytes_per_pixel * width // 96,
+        }
+    )
+
+
+def _component_bytes(folder: Path, name: str) -> int:
+    """Bytes of a component's weights; 0 where it has none (tokenizer, scheduler)."""
+    if not folder.is_dir():
+        raise ModelMissing(
+            f"The component {name!r} is missing: there is no folder {folder}.", _AGAIN
+        )
+    config = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
+    _read_json(folder / config.get(name, "config.json"))
+    if name in config:
+        return 0
+    files = sorted(_weight_files(folder))
+    for file in files:
+        if not file.is_file():
+            raise ModelMissing(f"The file {file} is missing.", _AGAIN)
+    return sum(file.stat().st_size for file in files)
+
+
+def _weight_files(folder: Path) -> set[Path]:
+    """The safetensors files of a component: what its index names, else the single file."""
+    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    if indexes:
+        names = set(_read_json(indexes[0])["weight_map"].values())
+        return {folder / Path(name).name for name in names}
+    return set(folder.glob("*.safetensors")) or {folder / "model.safetensors"}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelMissing(f"The file {path} is missing.", _AGAIN) from None
+    except (ValueError, OSError) as error:
+        raise ModelMissing(f"The file {path} can't be read ({error}).", _AGAIN) from error
+    if not isinstance(data, dict):
+        raise ModelMissing(f"The file {path} is not what it should be.", _AGAIN)
+    return data
+
+
+_AGAIN = "Download the model again, or give --model a folder that is complete."
