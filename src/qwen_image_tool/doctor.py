@@ -247,7 +247,8 @@ def _torch(machine: Machine) -> Check:
         status, finding = "warn", f"{build} can't use the {card.name}: {torch.gpu_error}"
         step = f"Update the NVIDIA driver and restart, or: {again}"
     else:
-        status, finding = "warn", f"{build} uses the CPU: it sees no GPU."
+        status = "warn"
+        finding = f"{build} uses the CPU: {torch.gpu_error or 'it sees no GPU.'}"
         step = (
             "The practice model needs none. With one the large models take minutes, not hours;"
             f" if there is one, install its driver and run {_setup(machine)}."
@@ -261,7 +262,7 @@ def _driver(machine: Machine) -> list[Check]:
         return []
     cuda = re.match(r"CUDA (\d+)", machine.torch.built_for)
     oldest = OLDEST_DRIVER.get(cuda[1], 0) if cuda else 0
-    if _numbers(card.driver) >= (oldest,):
+    if machine.torch.gpu or _numbers(card.driver) >= (oldest,):
         return [Check(name="Driver", status="pass", finding=f"NVIDIA driver {card.driver}.")]
     return [
         Check(

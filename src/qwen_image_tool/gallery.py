@@ -311,7 +311,7 @@ def _text(kind: bytes, data: bytes) -> tuple[str, str]:
 def _unpacked(data: bytes) -> bytes:
     unpacker = zlib.decompressobj()
     try:
-        plain = unpacker.decompress(data)
+        plain = unpacker.decompress(data, MAX_TEXT_BYTES)
     except zlib.error:
         return b""
     return plain if unpacker.eof else b""

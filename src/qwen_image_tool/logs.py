@@ -33,8 +33,7 @@ def set_up(folder: Path, verbose: bool = False) -> None:
     tear_down()
     root.setLevel(logging.INFO)
     logging.getLogger(OURS).setLevel(logging.DEBUG)
-    if sys.stderr is not None:  # a Windows program without a console has none
-        root.addHandler(_Console(verbose))
+    root.addHandler(_Console(verbose))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         root.addHandler(_File(log_path(folder)))
@@ -62,12 +61,19 @@ def tear_down() -> None:
     logging.captureWarnings(False)
 
 
-class _Console(logging.StreamHandler):  # type: ignore[type-arg]
+class _Console(logging.Handler):
     """One line a message, without traceback."""
 
     def __init__(self, verbose: bool) -> None:
-        super().__init__(sys.stderr)
+        super().__init__()
         self.verbose = verbose
+
+    def emit(self, record: logging.LogRecord) -> None:
+        stderr = sys.stderr  # looked up each time: a progress bar stands in for it while it moves
+        with contextlib.suppress(OSError, ValueError):  # closed, or a pipe that nobody reads
+            if stderr is not None:  # a Windows program without a console has none
+                stderr.write(self.format(record) + "\n")
+                stderr.flush()
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.name == OURS or record.name.startswith(OURS + "."):

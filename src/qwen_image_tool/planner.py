@@ -26,6 +26,16 @@ class _Placement:
     phases: tuple[PhaseNeed, ...]
     reason: str
 
+    def fits(self, device: Device) -> bool:
+        ram, vram = device.ram_free_bytes * USABLE, device.vram_free_bytes * USABLE
+        both = ram if device.shared_memory else ram + vram
+        return all(
+            need.ram_bytes <= ram
+            and need.vram_bytes <= vram
+            and need.ram_bytes + need.vram_bytes <= both
+            for need in self.phases
+        )
+
 
 def plan(request: Request, installed: Installed, device: Device) -> Plan:
     """Plan a resolved request. Raises CannotRun where the model does not fit this device."""
@@ -60,68 +70,69 @@ def disk_bytes(request: Request) -> int:
 
 
 def _place(size: Size, installed: Installed, device: Device) -> _Placement:
-    weights = installed.weight_bytes
+    """The GPU where the whole model fits it, else the CPU."""
     decode = size.pixels * installed.model.decode_bytes_per_pixel
+    cpu = _on_cpu(installed, decode, device)
     if device.kind != "cpu":
-        need = weights + decode
-        if need <= device.vram_free_bytes * USABLE:
-            return _Placement(
-                device=device.torch_name,
-                dtype="bfloat16",
-                phases=_on_gpu(weights, decode, max(installed.bytes.values())),
-                reason=f"Runs on {device.name}: the whole model fits ({_gib(need)} of"
-                f" {_gib(device.vram_free_bytes)} free).",
-            )
-    small = weights * 2 <= FLOAT32_LIMIT
-    factor = 2 if small else 1
-    need = PROCESS_BYTES + (weights + decode) * factor
-    if need > device.ram_free_bytes * USABLE:
-        raise _cannot(installed, need, device)
-    where = "Runs on the CPU" + (
-        f", because {device.name} has too little free memory ({_gib(device.vram_free_bytes)})"
-        if device.kind != "cpu"
-        else ""
+        gpu = _on_gpu(installed, decode, device)
+        if gpu.fits(device):
+            return gpu
+    if not cpu.fits(device):
+        raise _cannot(installed, cpu, device)
+    return cpu
+
+
+def _on_gpu(installed: Installed, decode: int, device: Device) -> _Placement:
+    weights = installed.weight_bytes
+    loading = PROCESS_BYTES + max(
+        installed.bytes.values()
+    )  # one component passes through at a time
+    return _Placement(
+        device=device.torch_name,
+        dtype="bfloat16",
+        phases=(
+            PhaseNeed(phase="load", ram_bytes=loading, vram_bytes=weights),
+            PhaseNeed(phase="encode", ram_bytes=PROCESS_BYTES, vram_bytes=weights),
+            PhaseNeed(phase="denoise", ram_bytes=PROCESS_BYTES, vram_bytes=weights),
+            PhaseNeed(phase="decode", ram_bytes=PROCESS_BYTES, vram_bytes=weights + decode),
+        ),
+        reason=f"Runs on {device.name}: the whole model fits its"
+        f" {_gib(device.vram_free_bytes)} of free memory.",
     )
+
+
+def _on_cpu(installed: Installed, decode: int, device: Device) -> _Placement:
+    small = installed.weight_bytes * 2 <= FLOAT32_LIMIT
+    widened = 2 if small else 1
+    resident = PROCESS_BYTES + installed.weight_bytes * widened
+    where = "Runs on the CPU"
+    if device.kind != "cpu":
+        where += (
+            f", because the model does not fit {device.name}"
+            f" ({_gib(device.vram_free_bytes)} of memory free)"
+        )
     return _Placement(
         device="cpu",
         dtype="float32" if small else "bfloat16",
-        phases=_on_cpu(weights * factor, decode * factor),
-        reason=f"{where}, in "
-        + ("float32: the model is small." if small else "bfloat16: float32 would double it."),
+        phases=(
+            PhaseNeed(phase="load", ram_bytes=resident),
+            PhaseNeed(phase="encode", ram_bytes=resident),
+            PhaseNeed(phase="denoise", ram_bytes=resident),
+            PhaseNeed(phase="decode", ram_bytes=resident + decode * widened),
+        ),
+        reason=where
+        + (", in float32: the model is small." if small else ", in bfloat16 to save memory."),
     )
 
 
-def _on_gpu(weights: int, decode: int, largest: int) -> tuple[PhaseNeed, ...]:
-    loading = PROCESS_BYTES + largest  # one component at a time passes through the RAM
-    return (
-        PhaseNeed(phase="load", ram_bytes=loading, vram_bytes=weights),
-        PhaseNeed(phase="encode", ram_bytes=PROCESS_BYTES, vram_bytes=weights),
-        PhaseNeed(phase="denoise", ram_bytes=PROCESS_BYTES, vram_bytes=weights),
-        PhaseNeed(phase="decode", ram_bytes=PROCESS_BYTES, vram_bytes=weights + decode),
-    )
-
-
-def _on_cpu(weights: int, decode: int) -> tuple[PhaseNeed, ...]:
-    resident = PROCESS_BYTES + weights
-    return (
-        PhaseNeed(phase="load", ram_bytes=resident),
-        PhaseNeed(phase="encode", ram_bytes=resident),
-        PhaseNeed(phase="denoise", ram_bytes=resident),
-        PhaseNeed(phase="decode", ram_bytes=resident + decode),
-    )
-
-
-def _cannot(installed: Installed, need: int, device: Device) -> CannotRun:
-    gpu = f" and {_gib(device.vram_free_bytes)} of VRAM" if device.kind != "cpu" else ""
-    hint = (
-        f"Close other programs, choose a smaller --size, or use --model {DEFAULT_MODEL}."
-        if installed.model.id != DEFAULT_MODEL
-        else "Close other programs, or choose a smaller --size."
-    )
+def _cannot(installed: Installed, cpu: _Placement, device: Device) -> CannotRun:
+    gpu = f" and {_gib(device.vram_free_bytes)} of GPU memory" if device.kind != "cpu" else ""
+    smaller = "Close other programs, choose a smaller --size"
+    practice = installed.model.id == DEFAULT_MODEL
     return CannotRun(
-        f"{installed.model.name} needs {_gib(need)} of RAM here, and this computer has"
-        f" {_gib(device.ram_free_bytes)} free{gpu}.",
-        hint,
+        f"{installed.model.name} needs {_gib(max(n.ram_bytes for n in cpu.phases))} of free RAM,"
+        f" and this computer has {_gib(device.ram_free_bytes)}{gpu} free.",
+        f"{smaller}." if practice else f"{smaller}, or use --model {DEFAULT_MODEL}.",
     )
 
 

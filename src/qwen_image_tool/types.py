@@ -232,7 +232,7 @@ def _bad_request(error: ValidationError) -> BadRequest:
     field = ".".join(str(part) for part in first["loc"]) or "request"
     limits = first.get("ctx", {})
     if "ge" in limits:
-        return BadRequest(f"{field} is {first['input']}.", f"Use {limits['ge']} or more.")
+        return BadRequest(f"{field} is {first['input']}.", f"Use {limits['ge']:g} or more.")
     if "le" in limits:
         return BadRequest(f"{field} is {first['input']}.", f"Use {limits['le']} or less.")
     if first["type"] == "extra_forbidden":

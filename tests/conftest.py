@@ -1,0 +1,20 @@
+"""Every test runs in a home of its own, and torch in few threads: its models are tiny."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A private QIT_HOME and current folder; nothing of the user's is read or written."""
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("QIT_HOME", str(home))
+    for name in ("QIT_OUTPUT", "QIT_MODELS", "QIT_CACHE", "QIT_LOGS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    return home

@@ -1,0 +1,91 @@
+"""Settings: environment, else config file, else default; errors name the file and the key."""
+
+import re
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from qwen_image_tool.errors import BadRequest
+from qwen_image_tool.settings import Settings, config_path, load_settings
+
+
+def test_defaults_lie_under_the_home_folder(home: Path) -> None:
+    found = load_settings()
+    assert found.output == Path("output")
+    assert (found.models, found.cache, found.logs) == (
+        home / "models",
+        home / "cache",
+        home / "logs",
+    )
+    assert list(home.iterdir()) == []  # nothing is created
+
+
+def test_without_home_the_platform_decides(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    monkeypatch.setenv("QIT_HOME", "")
+    monkeypatch.setattr("platformdirs.user_config_path", lambda *a, **k: home / "config")
+    monkeypatch.setattr("platformdirs.user_data_path", lambda *a, **k: home / "data")
+    found = load_settings()
+    assert found.models == home / "data" / "models"
+    assert found.logs.is_absolute()
+    assert config_path() == home / "config" / "config.toml"
+
+
+def test_environment_beats_file_beats_default(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config_path().write_text("output = 'from file'\nmodels = '/srv/models'\n")
+    assert load_settings().output == Path("from file")
+    monkeypatch.setenv("QIT_OUTPUT", "from environment")
+    found = load_settings()
+    assert found.output == Path("from environment")
+    assert found.models == Path("/srv/models")
+    assert Settings(output=Path("from code")).output == Path("from code")
+
+
+def test_an_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QIT_OUTPUT", "")
+    assert load_settings().output == Path("output")
+
+
+def test_other_variables_of_ours_are_not_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QIT_TORCH_BACKEND", "cpu")
+    load_settings()
+
+
+def test_tilde_and_a_relative_home(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("USERPROFILE", str(home))
+    monkeypatch.setenv("QIT_OUTPUT", "~/pictures")
+    assert load_settings().output == home / "pictures"
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("QIT_HOME", "here")
+    assert load_settings().models == home / "here" / "models"
+
+
+def test_a_byte_order_mark_and_chinese_are_read(home: Path) -> None:
+    config_path().write_text("output = '图片'\n", encoding="utf-8-sig")
+    assert load_settings().output == Path("图片")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"outptu = 'x'\n", ["'outptu'", "output, models, cache, logs"]),
+        (b"output = 7\n", ["output", "7"]),
+        (b"home = '/x'\n", ["'home'"]),
+        (b'output = "D:\\pictures"\n', ["single quotes"]),
+        (b"output\n", ["can't be read"]),
+        (b"output = '\xff'\n", ["can't be read"]),
+        (b"output = '~nobody-of-this-name/x'\n", ["can't be used"]),
+    ],
+)
+def test_a_broken_file_is_named(home: Path, content: bytes, words: list[str]) -> None:
+    config_path().write_bytes(content)
+    with pytest.raises(BadRequest, match=re.escape(str(config_path()))) as caught:
+        load_settings()
+    assert all(word in str(caught.value) for word in words)
+    assert caught.value.hint
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(ValidationError):
+        load_settings().output = Path("x")  # type: ignore[misc]
