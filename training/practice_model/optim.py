@@ -72,13 +72,18 @@ def _orthogonal(matrix: Tensor) -> Tensor:
 class Optimizers:
     """Muon on hidden matrices; AdamW on the rest (embeddings, first and last layers, gains, biases)."""
 
-    def __init__(self, module: nn.Module, muon_lr: float, adam_lr: float, adam_only: tuple[str, ...]):
+    def __init__(
+        self, module: nn.Module, muon_lr: float, adam_lr: float, adam_only: tuple[str, ...]
+    ):
         named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         hidden = {n for n, p in named if p.ndim >= 2 and not any(part in n for part in adam_only)}
         self.parts: list[torch.optim.Optimizer] = [
             Muon([p for n, p in named if n in hidden], lr=muon_lr),
             torch.optim.AdamW(
-                [p for n, p in named if n not in hidden], lr=adam_lr, betas=(0.9, 0.98), weight_decay=0.0
+                [p for n, p in named if n not in hidden],
+                lr=adam_lr,
+                betas=(0.9, 0.98),
+                weight_decay=0.0,
             ),
         ]
         self.peaks = [muon_lr, adam_lr]

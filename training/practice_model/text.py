@@ -67,7 +67,9 @@ def train_tokenizer() -> Qwen2Tokenizer:
     tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL[1:])})
     prefix = TEMPLATE.split("{}")[0]
     if (found := len(tokenizer(prefix).input_ids)) != PREFIX_TOKENS:
-        raise RuntimeError(f"the template's prefix makes {found} tokens, the pipeline drops {PREFIX_TOKENS}")
+        raise RuntimeError(
+            f"the template's prefix makes {found} tokens, the pipeline drops {PREFIX_TOKENS}"
+        )
     return tokenizer
 
 
@@ -109,7 +111,9 @@ def build_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGenerati
 class CaptionEncoder(nn.Module):
     """Hidden states as the pipeline gets them, with the constant prefix computed once a call."""
 
-    def __init__(self, model: Qwen2_5_VLForConditionalGeneration, tokenizer: Qwen2Tokenizer) -> None:
+    def __init__(
+        self, model: Qwen2_5_VLForConditionalGeneration, tokenizer: Qwen2Tokenizer
+    ) -> None:
         super().__init__()
         self.language = model.model.language_model
         self.tokenizer = tokenizer
@@ -163,7 +167,9 @@ def targets(scene: Scene) -> list[int]:
     for _ in range(3 - len(scene.things)):
         out += [len(KINDS) + 1, len(COLOUR_NAMES) + 1, -100, -100, -100, -100]
     out.append(COLOUR_NAMES.index(scene.background) if scene.background else len(COLOUR_NAMES))
-    out.append(RELATIONS.index(scene.relation) if scene.relation else len(RELATIONS) + len(scene.things))
+    out.append(
+        RELATIONS.index(scene.relation) if scene.relation else len(RELATIONS) + len(scene.things)
+    )
     return out
 
 
@@ -196,7 +202,10 @@ def caption_batches(rng: random.Random, count: int) -> Iterator[tuple[list[str],
         pairs.sort(key=lambda pair: len(pair[0]))
         for start in rng.sample(range(0, 4 * count, count), 4):
             part = pairs[start : start + count]
-            yield [caption for caption, _ in part], torch.tensor([targets(scene) for _, scene in part])
+            yield (
+                [caption for caption, _ in part],
+                torch.tensor([targets(scene) for _, scene in part]),
+            )
 
 
 def reading_loss(scores: list[Tensor], wanted: Tensor) -> tuple[Tensor, float]:

@@ -308,7 +308,9 @@ def load_text(
     tokenizer = load_tokenizer(options)
     model = build_encoder(tokenizer)
     encoder = CaptionEncoder(model, tokenizer)
-    nn.ModuleDict({"encoder": encoder, "reader": Reader()}).load_state_dict(load_state(options, "text"))
+    nn.ModuleDict({"encoder": encoder, "reader": Reader()}).load_state_dict(
+        load_state(options, "text")
+    )
     return encoder.requires_grad_(False), model, tokenizer
 
 
@@ -341,7 +343,9 @@ def main() -> None:
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--run-dir", type=Path, required=True, help="state of the training")
     parser.add_argument("--minutes", type=float, default=30)
-    parser.add_argument("--batch", type=int, default=0, help="a step and worker; default: the stage's")
+    parser.add_argument(
+        "--batch", type=int, default=0, help="a step and worker; default: the stage's"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="for export and import")

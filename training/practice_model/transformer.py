@@ -33,7 +33,9 @@ SCHEDULER: dict[str, Any] = {
     "use_dynamic_shifting": True,
     "time_shift_type": "exponential",
 }
-TIME_SHIFT = 0.6  # mean of the logit of the noise level in training: the schedule's shift at 256x256
+TIME_SHIFT = (
+    0.6  # mean of the logit of the noise level in training: the schedule's shift at 256x256
+)
 UNCONDITIONAL = 0.1  # share of captions replaced by " ", so that classifier-free guidance works
 
 
@@ -58,7 +60,9 @@ def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
 def use_small_attention() -> None:
     """On a CPU, plain matrix products are 3.7 times faster than torch's fused attention at 80 tokens."""
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Tensor:
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any
+    ) -> Tensor:
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
         if attn_mask is not None:

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from world import COLOUR_NAMES, KINDS, paint
 
 Z_DIM = 16
-POSTERIOR_STD = 0.1  # fixed: the noise the decoder learns to live with, in units of the latents' own std
+POSTERIOR_STD = (
+    0.1  # fixed: the noise the decoder learns to live with, in units of the latents' own std
+)
 CONFIG: dict[str, Any] = {
     "base_dim": 16,
     "z_dim": Z_DIM,
@@ -136,5 +138,7 @@ def from_real(folder: Path) -> tuple[SingleFrameVae, Tensor, Tensor]:
     state = real.state_dict()
     for name, target in flat.state_dict().items():
         source = state[name]
-        target.copy_((source[:, :, -1] if source.ndim == 5 and target.ndim == 4 else source).view_as(target))
+        target.copy_(
+            (source[:, :, -1] if source.ndim == 5 and target.ndim == 4 else source).view_as(target)
+        )
     return flat, torch.tensor(real.config.latents_mean), torch.tensor(real.config.latents_std)

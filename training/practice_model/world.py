@@ -168,7 +168,9 @@ def write_caption(scene: Scene, rng: random.Random, plain: bool = False) -> str:
     elif scene.relation in ("left of", "right of"):
         body = f"{phrases[0]} {pick('', 'to the ')}{scene.relation} {phrases[1]}"
     elif scene.relation:
-        words = ("above", "above", "over") if scene.relation == "above" else ("below", "below", "under")
+        words = (
+            ("above", "above", "over") if scene.relation == "above" else ("below", "below", "under")
+        )
         body = f"{phrases[0]} {pick(*words)} {phrases[1]}"
     elif len(phrases) > 1:
         body = f"{', '.join(phrases[:-1])} {pick('and', 'and', ', and').lstrip()} {phrases[-1]}"
@@ -381,7 +383,9 @@ def _mask(kind: str) -> np.ndarray:
     pen = ImageDraw.Draw(image)
     if kind in LETTERS:
         font = ImageFont.load_default(1.62 * scale / 0.72)
-        pen.text((_MASK_SIDE / 2, _MASK_SIDE / 2 + 0.81 * scale), kind, fill=255, font=font, anchor="ms")
+        pen.text(
+            (_MASK_SIDE / 2, _MASK_SIDE / 2 + 0.81 * scale), kind, fill=255, font=font, anchor="ms"
+        )
         box = image.getbbox()
         assert box is not None
         shift = (int(_MASK_SIDE - box[0] - box[2]) // 2, int(_MASK_SIDE - box[1] - box[3]) // 2)

@@ -248,4 +248,4 @@ def _size(
 def _usage(error: typer.TyperException) -> BadRequest:
     command = getattr(getattr(error, "ctx", None), "command_path", "qit")
     text = error.format_message() if hasattr(error, "format_message") else str(error)
-    return BadRequest(text, f"`{command} --help` shows what there is.")
+    return BadRequest(f"{text.rstrip('.')}.", f"`{command} --help` shows what there is.")

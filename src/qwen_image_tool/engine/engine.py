@@ -18,6 +18,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
 from PIL import Image
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
+from qwen_image_tool import logs
 from qwen_image_tool.engine import text, vae
 from qwen_image_tool.engine.denoise import denoise
 from qwen_image_tool.engine.families import qwen_image
@@ -120,6 +121,7 @@ class _Parts:
         def load(cls: Any, name: str) -> Any:
             return cls.from_pretrained(folder / name, dtype=dtype).to(device).eval()
 
+        logs.adopt_libraries()
         # Their progress bars would stand beside ours
         transformers_logging.disable_progress_bar()
         diffusers_logging.disable_progress_bar()
