@@ -27,7 +27,7 @@ from qwen_image_tool.gallery import (
     request_from,
     save_image,
 )
-from qwen_image_tool.types import PhaseNeed, Plan, Request, Size
+from qwen_image_tool.types import PhaseNeed, Placement, Plan, Request, Size
 
 REQUEST = Request(
     model="practice",
@@ -44,6 +44,7 @@ PLAN = Plan(
     dtype="float32",
     working_size=Size(48, 32),
     forwards=24,
+    placement=Placement(blocks=6, resident=6),
     phases=(PhaseNeed(phase="denoise", ram_bytes=123),),
     disk_bytes=4000,
     reasons=("因为 it fits.",),

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import QwenImagePipeline
 from PIL import Image
 
 import tiny
@@ -13,7 +14,7 @@ from qwen_image_tool.catalog import load_catalog
 from qwen_image_tool.engine import vae
 from qwen_image_tool.engine.engine import Engine
 from qwen_image_tool.store import locate
-from qwen_image_tool.types import PhaseNeed, Plan, Request, Size
+from qwen_image_tool.types import PhaseNeed, Placement, Plan, Request, Size
 
 LONG = "a green heart above a small white letter Q, on a deep blue background, in soft light"
 DTYPES = [torch.float32, torch.bfloat16]
@@ -34,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=DTYPES, ids=str)
 def theirs(folder: Path, request: pytest.FixtureRequest) -> Any:
-    pipe = tiny.QwenImagePipeline.from_pretrained(folder, dtype=request.param)
+    pipe = QwenImagePipeline.from_pretrained(folder, dtype=request.param)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -45,6 +46,7 @@ def plan_for(dtype: torch.dtype, size: Size) -> Plan:
         dtype="bfloat16" if dtype == torch.bfloat16 else "float32",
         working_size=size,
         forwards=1,
+        placement=Placement(blocks=2, resident=2),
         phases=(PhaseNeed(phase="load", ram_bytes=1),),
         disk_bytes=1,
     )

@@ -150,6 +150,16 @@ class PhaseNeed(Value):
     vram_bytes: int = 0
 
 
+class Placement(Value):
+    """Where the transformer's blocks are: `resident` of them on the device, the others taking turns
+    in `slots` buffers there, from `source`."""
+
+    blocks: int
+    resident: int
+    slots: int = 0
+    source: Literal["", "pinned", "pageable", "disk"] = ""
+
+
 class Plan(Value):
     """How a resolved request runs on a device, with one plain sentence for each choice."""
 
@@ -157,6 +167,7 @@ class Plan(Value):
     dtype: Literal["bfloat16", "float32"]
     working_size: Size = Field(description="What the engine draws; the file is its centre")
     forwards: int = Field(description="Passes through the transformer")
+    placement: Placement
     phases: tuple[PhaseNeed, ...]
     disk_bytes: int = Field(description="Space the pictures may take")
     reasons: tuple[str, ...] = ()

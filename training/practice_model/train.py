@@ -96,6 +96,8 @@ def text_stage(options: Options) -> None:
 def latents_stage(options: Options) -> None:
     """Draws and encodes scenes, 2048 a shard, until the time is up; a running training picks them up."""
     vae, mean, std = load_vae(options)
+    if options.compile:
+        vae.encoder.compile(dynamic=False)
     folder = options.run_dir / "latents"
     folder.mkdir(exist_ok=True)
     begin, seed = time.time(), len(list(folder.glob("*.pt")))

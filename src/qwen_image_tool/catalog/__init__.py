@@ -1,4 +1,4 @@
-"""The model table: `models.json` and its reader. Everything known of a model is data in that file."""
+"""The model table: `models.json` and its reader. What is known of a model is data in that file."""
 
 import difflib
 from collections.abc import Sequence

@@ -23,12 +23,12 @@ def denoise(
     `conditions`: the prompt, then the negative prompt where `cfg` is above 1. `stepped(step,
     seconds)` is called after each step, from 1; what it raises ends the loop.
     """
-    for step, timestep in enumerate(timesteps, start=1):
+    for step, timestep in enumerate(timesteps):
         started = time.perf_counter()
-        predictions = forward(latents, timestep, conditions)
+        predictions = forward(latents, step, conditions)
         velocity = torch.cat([guide(prediction, cfg) for prediction in predictions])
         latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
-        stepped(step, time.perf_counter() - started)
+        stepped(step + 1, time.perf_counter() - started)
     return latents
 
 

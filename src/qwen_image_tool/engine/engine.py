@@ -1,6 +1,7 @@
 """One loaded model: run a resolved request, step by step."""
 
 import gc
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,6 @@ import diffusers.utils.logging as diffusers_logging
 import torch
 import transformers.utils.logging as transformers_logging
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import AutoencoderKLQwenImage
-from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformer2DModel
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteScheduler,
 )
@@ -19,12 +19,21 @@ from PIL import Image
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from qwen_image_tool import logs
-from qwen_image_tool.engine import text, vae
+from qwen_image_tool.engine import text, vae, weights
 from qwen_image_tool.engine.denoise import denoise
 from qwen_image_tool.engine.families import qwen_image
+from qwen_image_tool.engine.transformer import Transformer
 from qwen_image_tool.errors import Cancelled, ModelMissing, OutOfMemory
 from qwen_image_tool.store import Installed
-from qwen_image_tool.types import Event, PhaseName, PhaseStarted, Plan, Request, Stepped
+from qwen_image_tool.types import (
+    Event,
+    PhaseName,
+    PhaseStarted,
+    Placement,
+    Plan,
+    Request,
+    Stepped,
+)
 
 Emit = Callable[[Event], None]
 IsCancelled = Callable[[], bool]
@@ -56,7 +65,10 @@ class Engine:
 
             # 2. The prompts, as the transformer reads them
             with watch.phase("encode"):
-                forward = qwen_image.Forward(parts.transformer, grid)
+                timesteps = qwen_image.schedule(
+                    parts.scheduler, request.steps, math.prod(grid), parts.device
+                )
+                forward = qwen_image.Forward(parts.transformer, timesteps, grid)
                 conditions = [
                     forward.condition(self._encode(parts, prompt, request.truncate))
                     for prompt in (request.prompt, request.negative_prompt)
@@ -67,9 +79,6 @@ class Engine:
             with watch.phase("denoise"):
                 latents = qwen_image.noise(
                     request.seeds, grid, parts.channels, parts.dtype, parts.device
-                )
-                timesteps = qwen_image.schedule(
-                    parts.scheduler, request.steps, latents.shape[1], parts.device
                 )
                 latents = denoise(
                     forward,
@@ -92,17 +101,20 @@ class Engine:
 
     def release(self) -> None:
         """Give the memory back."""
+        if self._parts is not None:
+            self._parts.close()
         self._parts = None
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def _load(self, plan: Plan) -> "_Parts":
-        wanted = torch.device(plan.device), getattr(torch, plan.dtype)
-        if self._parts is None or (self._parts.device, self._parts.dtype) != wanted:
+        wanted = torch.device(plan.device), getattr(torch, plan.dtype), plan.placement
+        parts = self._parts
+        if parts is None or (parts.device, parts.dtype, parts.placement) != wanted:
             self.release()
-            self._parts = _Parts(self.installed.folder, *wanted)
-        return self._parts
+            parts = self._parts = _Parts(self.installed.folder, *wanted)
+        return parts
 
     def _encode(self, parts: "_Parts", prompt: str, truncate: bool) -> torch.Tensor:
         limit = self.installed.model.sampling.max_prompt_tokens
@@ -115,8 +127,10 @@ class Engine:
 class _Parts:
     """The components of a model, loaded."""
 
-    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
-        self.device, self.dtype = device, dtype
+    def __init__(
+        self, folder: Path, device: torch.device, dtype: torch.dtype, placement: Placement
+    ) -> None:
+        self.device, self.dtype, self.placement = device, dtype, placement
 
         def load(cls: Any, name: str) -> Any:
             return cls.from_pretrained(folder / name, dtype=dtype).to(device).eval()
@@ -129,14 +143,19 @@ class _Parts:
             self.tokenizer = Qwen2Tokenizer.from_pretrained(folder / "tokenizer")
             self.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
             self.text_encoder = load(Qwen2_5_VLForConditionalGeneration, "text_encoder")
-            self.transformer = load(QwenImageTransformer2DModel, "transformer")
+            self.transformer = Transformer(
+                folder / "transformer", placement, device, dtype, weights.read
+            )
             self.vae = load(AutoencoderKLQwenImage, "vae")
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise ModelMissing(
                 f"The model in {folder} can't be loaded: {error}.", "Download it again."
             ) from error
-        self.channels: int = self.transformer.config.in_channels // 4
+        self.channels: int = self.transformer.model.config.in_channels // 4
         self.scale = vae.scale(self.vae)
+
+    def close(self) -> None:
+        self.transformer.close()
 
 
 class _Watch:

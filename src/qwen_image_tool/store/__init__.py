@@ -14,12 +14,22 @@ from qwen_image_tool.types import Value
 LOCAL_FAMILY = "qwen-image"  # the catalogue row whose settings an unlisted local folder takes
 
 
+class Blocks(Value):
+    """The transformer's repeated part: how many blocks, and the bytes of one in bfloat16, without
+    and of its modulation."""
+
+    count: int
+    bytes: int
+    modulation_bytes: int
+
+
 class Installed(Value):
     """A model that is on this computer. `bytes` maps each component to the size of its weights."""
 
     model: Model
     folder: Path
     bytes: dict[str, int]
+    blocks: Blocks
 
     @property
     def weight_bytes(self) -> int:
@@ -73,6 +83,20 @@ def inspect(folder: Path, model: Model) -> Installed:
         model=model,
         folder=folder,
         bytes={name: _component_bytes(folder / name, name) for name in model.components},
+        blocks=blocks_of(_read_json(folder / "transformer" / "config.json")),
+    )
+
+
+def blocks_of(config: dict[str, Any]) -> Blocks:
+    """Counted from the configuration of a QwenImageTransformer2DModel."""
+    head = config.get("attention_head_dim", 128)
+    width = config.get("num_attention_heads", 24) * head
+    attention = 8 * width * (width + 1) + 4 * head
+    feed_forward = 2 * (8 * width * width + 5 * width)
+    return Blocks(
+        count=config.get("num_layers", 60),
+        bytes=2 * (attention + feed_forward),
+        modulation_bytes=2 * 2 * 6 * width * (width + 1),
     )
 
 

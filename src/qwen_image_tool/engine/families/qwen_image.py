@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from qwen_image_tool.engine.transformer import Transformer
 from qwen_image_tool.types import Size
 
 PROMPT_TEMPLATE = (
@@ -80,17 +81,24 @@ class Condition:
 
 
 class Forward:
-    """The transformer, walked block by block in lockstep: block i runs on every picture and both
-    CFG halves before block i + 1, so that a weight is needed once a step. No stream is padded or
-    batched with another: each has the bits it would have alone."""
+    """The transformer on one schedule, in lockstep: block i runs on every picture and both CFG
+    halves before block i + 1, so that a weight is needed once a step. No stream is padded or
+    batched with another: each has the bits it would have alone.
 
-    def __init__(self, transformer: Any, grid: tuple[int, int]) -> None:
-        self._model = transformer
+    `timesteps`: [steps], 0 to 1000. `grid`: rows and columns of image tokens.
+    """
+
+    def __init__(
+        self, transformer: Transformer, timesteps: torch.Tensor, grid: tuple[int, int]
+    ) -> None:
+        self._transformer = transformer
         self._shapes = [[(1, *grid)]]
+        self._tembs = [transformer.time_embedding(timestep) for timestep in timesteps]
+        self._table = transformer.modulation(timesteps, self._tembs)
 
     def condition(self, embeddings: torch.Tensor) -> Condition:
         """`embeddings`: [1, text tokens, text encoder's width]."""
-        model = self._model
+        model = self._transformer.model
         text = model.txt_in(model.txt_norm(embeddings))
         rotary = model.pos_embed(
             self._shapes, max_txt_seq_len=embeddings.shape[1], device=embeddings.device
@@ -98,19 +106,18 @@ class Forward:
         return Condition(text, rotary)
 
     def __call__(
-        self, latents: torch.Tensor, timestep: torch.Tensor, conditions: list[Condition]
+        self, latents: torch.Tensor, step: int, conditions: list[Condition]
     ) -> list[list[torch.Tensor]]:
-        """One pass at `timestep` (scalar, 0 to 1000).
+        """One pass at step `step` of the schedule, from 0.
 
         `latents`: [pictures, tokens, channels]. Returns the predicted velocity of each picture
         under each condition: a list over pictures of lists over conditions, [1, tokens, channels].
         """
-        model = self._model
+        model, temb = self._transformer.model, self._tembs[step]
         pictures = [model.img_in(latents[i : i + 1]) for i in range(latents.shape[0])]
-        time = timestep.expand(1).to(latents.dtype) / 1000
-        temb = model.time_text_embed(time.to(pictures[0].dtype), pictures[0], None)
         streams = [(image, c.text, c.rotary) for image in pictures for c in conditions]
-        for block in model.transformer_blocks:
+        for number, block in self._transformer.walk():
+            self._table.set(block, number, step)
             streams = [
                 (*reversed(block(image, text, None, temb, rotary)), rotary)
                 for image, text, rotary in streams

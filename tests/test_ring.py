@@ -1,0 +1,219 @@
+"""The ring's order with a transfer that records, and the real moves on tiny models."""
+
+import itertools
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import QwenImageTransformer2DModel
+from torch import nn
+
+import tiny
+from qwen_image_tool.engine import weights
+from qwen_image_tool.engine.families.qwen_image import Forward
+from qwen_image_tool.engine.ring import Background, Ring, interleaved
+from qwen_image_tool.engine.transformer import Transformer
+from qwen_image_tool.errors import Cancelled, ModelMissing
+from qwen_image_tool.types import Placement
+
+
+class Recorder:
+    """A device in words: what each slot holds, and whether the computation still needs it."""
+
+    def __init__(self) -> None:
+        self.holds: dict[int, int] = {}
+        self.in_use: set[int] = set()
+        self.started: list[tuple[int, int]] = []
+        self.closed = False
+
+    def start(self, block: int, slot: int) -> None:
+        assert slot not in self.in_use, f"slot {slot} is overwritten while block runs in it"
+        self.holds[slot] = block
+        self.started.append((block, slot))
+
+    def wait(self, slot: int) -> None:
+        self.in_use.add(slot)
+
+    def release(self, slot: int) -> None:
+        self.in_use.remove(slot)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def ring(count: int, resident: int, slots: int) -> tuple[Ring, Recorder, list[nn.Module]]:
+    recorder = Recorder()
+    residents = {number: nn.Identity() for number in interleaved(count, resident)}
+    modules: list[nn.Module] = [nn.Identity() for _ in range(slots)]
+    return Ring(count, residents, modules, recorder), recorder, modules
+
+
+@pytest.mark.parametrize(
+    ("count", "resident", "slots"), [(60, 0, 2), (60, 9, 2), (60, 46, 3), (7, 2, 2), (5, 1, 3)]
+)
+def test_every_block_is_there_when_it_runs(count: int, resident: int, slots: int) -> None:
+    made, recorder, modules = ring(count, resident, slots)
+    for _ in range(3):
+        seen = []
+        for number, module in made.walk():
+            seen.append(number)
+            if module in modules:
+                assert recorder.holds[modules.index(module)] == number
+        assert seen == list(range(count))
+    streamed = [number for number in range(count) if number not in interleaved(count, resident)]
+    fills = [block for block, _ in recorder.started]
+    assert len(fills) == 3 * len(streamed) + slots, "each block crosses once a step"
+    assert fills == [streamed[i % len(streamed)] for i in range(len(fills))]
+    made.close()
+    assert recorder.closed
+
+
+def test_the_prefetch_runs_ahead_and_wraps_into_the_next_step() -> None:
+    made, recorder, _ = ring(4, 0, 2)
+    assert [block for block, _ in recorder.started] == [0, 1]
+    walk = made.walk()
+    next(walk)
+    next(walk)
+    assert [block for block, _ in recorder.started] == [0, 1, 2]
+    list(walk)
+    assert [block for block, _ in recorder.started] == [0, 1, 2, 3, 0, 1]
+
+
+def test_a_walk_that_was_left_early_starts_over() -> None:
+    made, recorder, modules = ring(6, 0, 2)
+    for number, _ in made.walk():
+        if number == 3:
+            break
+    assert not recorder.in_use
+    for number, module in made.walk():
+        assert recorder.holds[modules.index(module)] == number
+
+
+def test_too_few_streamed_blocks_for_the_slots_are_a_mistake() -> None:
+    with pytest.raises(ValueError, match="do not fit"):
+        ring(4, 2, 2)
+
+
+@pytest.mark.parametrize("count", [1, 7, 60])
+def test_residents_are_spread_evenly(count: int) -> None:
+    for residents in range(count + 1):
+        kept = interleaved(count, residents)
+        assert len(set(kept)) == len(kept) == residents
+        gone = [block for block in range(count) if block not in kept]
+        gaps = [b - a for a, b in itertools.pairwise(gone)]
+        assert not gaps or max(gaps) - min(gaps) <= 1
+
+
+def test_what_a_background_fill_raises_reaches_the_walk() -> None:
+    def fill(block: int, slab: torch.Tensor) -> None:
+        raise ModelMissing(f"block {block} is broken")
+
+    slots = [torch.empty(4) for _ in range(2)]
+    made = Ring(4, {}, [nn.Identity(), nn.Identity()], Background(fill, slots))
+    with pytest.raises(ModelMissing, match="block 0"):
+        next(made.walk())
+    made.close()
+
+
+# The real moves, on a tiny transformer of six blocks
+
+SHAPES = [[(1, 4, 6)]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    where = tmp_path_factory.mktemp("models") / "six"
+    pipe = tiny.pipeline(seed=3, layers=6).to(torch.bfloat16)
+    pipe.transformer.save_pretrained(where, max_shard_size="60KB")
+    return where
+
+
+@pytest.fixture
+def _no_grad() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+PLACEMENTS = [
+    Placement(blocks=6, resident=6),
+    Placement(blocks=6, resident=0, slots=2, source="disk"),
+    Placement(blocks=6, resident=1, slots=3, source="disk"),
+    Placement(blocks=6, resident=3, slots=2, source="disk"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("placement", PLACEMENTS, ids=lambda p: f"{p.resident}-{p.slots}")
+@pytest.mark.usefixtures("_no_grad")
+def test_every_placement_has_the_bits_of_the_plain_forward(
+    folder: Path, placement: Placement, dtype: torch.dtype
+) -> None:
+    plain = QwenImageTransformer2DModel.from_pretrained(folder, dtype=dtype).eval()
+    placed = Transformer(folder, placement, torch.device("cpu"), dtype, weights.read)
+    torch.manual_seed(0)
+    latents = torch.randn(2, 24, 64).to(dtype)
+    prompts = [torch.randn(1, length, 32).to(dtype) for length in (5, 11)]
+    timesteps = torch.tensor([900.0, 512.5, 20.0])
+    forward = Forward(placed, timesteps, (4, 6))
+    conditions = [forward.condition(prompt) for prompt in prompts]
+    for step, timestep in enumerate(timesteps):
+        ours = forward(latents, step, conditions)
+        for picture in range(2):
+            for half, prompt in enumerate(prompts):
+                theirs = plain(
+                    hidden_states=latents[picture : picture + 1],
+                    timestep=timestep.expand(1).to(dtype) / 1000,
+                    encoder_hidden_states=prompt,
+                    img_shapes=SHAPES,
+                    return_dict=False,
+                )[0]
+                assert torch.equal(ours[picture][half], theirs)
+    placed.close()
+
+
+@pytest.mark.usefixtures("_no_grad")
+def test_the_modulation_is_computed_once_a_schedule(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = []
+
+    def counting(pairs: Any) -> None:
+        reads.append(len(pairs))
+        weights.read(pairs)
+
+    placed = Transformer(folder, PLACEMENTS[0], torch.device("cpu"), torch.bfloat16, counting)
+    loaded = len(reads)
+    for timesteps in (torch.tensor([900.0, 20.0]), torch.tensor([900.0, 20.0])):
+        Forward(placed, timesteps, (4, 6))
+    assert len(reads) == loaded + 6
+    Forward(placed, torch.tensor([800.0, 20.0]), (4, 6))
+    assert len(reads) == loaded + 12
+    names = {name for name, _ in placed.model.named_parameters()}
+    assert not any("_mod." in name for name in names), "modulation weights are not kept"
+    placed.close()
+
+
+@pytest.mark.usefixtures("_no_grad")
+def test_a_disk_that_fails_in_mid_run_is_said(folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    placement = Placement(blocks=6, resident=0, slots=2, source="disk")
+    placed = Transformer(copy, placement, torch.device("cpu"), torch.bfloat16, weights.read)
+    walk = placed.walk()
+    next(walk)
+    for shard in copy.glob("*.safetensors"):
+        shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(ModelMissing, match="ends too early"):
+        list(walk)
+    placed.close()
+
+
+@pytest.mark.usefixtures("_no_grad")
+def test_reading_can_be_cancelled(folder: Path) -> None:
+    def read(pairs: Any) -> None:
+        weights.read(pairs, is_cancelled=lambda: True)
+
+    with pytest.raises(Cancelled):
+        Transformer(folder, PLACEMENTS[0], torch.device("cpu"), torch.bfloat16, read)
