@@ -45,6 +45,7 @@ PLAN = Plan(
     working_size=Size(48, 32),
     forwards=24,
     placement=Placement(blocks=6, resident=6),
+    text_placement=Placement(blocks=2, resident=2),
     phases=(PhaseNeed(phase="denoise", ram_bytes=123),),
     disk_bytes=4000,
     reasons=("因为 it fits.",),

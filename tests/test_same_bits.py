@@ -47,6 +47,7 @@ def plan_for(dtype: torch.dtype, size: Size) -> Plan:
         working_size=size,
         forwards=1,
         placement=Placement(blocks=2, resident=2),
+        text_placement=Placement(blocks=2, resident=2),
         phases=(PhaseNeed(phase="load", ram_bytes=1),),
         disk_bytes=1,
     )

@@ -29,6 +29,7 @@ PLAN = Plan(
     working_size=Size(64, 32),
     forwards=8,
     placement=Placement(blocks=6, resident=6),
+    text_placement=Placement(blocks=2, resident=2),
     phases=(PhaseNeed(phase="load", ram_bytes=5), PhaseNeed(phase="decode", ram_bytes=7)),
     disk_bytes=100,
     reasons=("Because.",),

@@ -1,7 +1,7 @@
 """How a request runs on a device: pure arithmetic, no torch, nothing read from the machine.
 
-For now the text encoder and the VAE are resident on the device. The transformer's blocks are too;
-on the CPU they are read from disk at every step where the RAM does not hold them all.
+A GPU is used where it holds the whole model. On the CPU, what the RAM does not hold is read from
+disk when it is needed: the text encoder's layers once a prompt, the blocks once a step.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from typing import Literal
 
 from qwen_image_tool.catalog import DEFAULT_MODEL
 from qwen_image_tool.errors import CannotRun
-from qwen_image_tool.store import Installed
+from qwen_image_tool.store import Blocks, Installed
 from qwen_image_tool.types import Device, PhaseNeed, Placement, Plan, Request, Size
 
 GIB = 2**30
@@ -26,6 +26,7 @@ class _Choice:
     device: str
     dtype: Literal["bfloat16", "float32"]
     blocks: Placement
+    text: Placement
     phases: tuple[PhaseNeed, ...]
     reason: str
 
@@ -60,6 +61,7 @@ def plan(request: Request, installed: Installed, device: Device) -> Plan:
         working_size=working,
         forwards=request.steps * passes,
         placement=choice.blocks,
+        text_placement=choice.text,
         phases=choice.phases,
         disk_bytes=disk_bytes(request),
         reasons=tuple(reasons),
@@ -74,81 +76,105 @@ def disk_bytes(request: Request) -> int:
 
 
 def _choose(size: Size, installed: Installed, device: Device) -> _Choice:
-    """The GPU where the whole model fits it, else the CPU."""
+    """The GPU where the whole model fits it; else the CPU, with as much in RAM as it holds."""
     if device.kind != "cpu":
         gpu = _on_gpu(size, installed, device)
         if gpu.fits(device):
             return gpu
-    count = installed.blocks.count
-    for resident in (count, *range(count - SLOTS - 1, -1, -1)):
-        cpu = _on_cpu(size, installed, device, resident)
+    layers, count = installed.text_layers.count, installed.blocks.count
+    fewer = range(count - SLOTS - 1, -1, -1)
+    for text, blocks in ((layers, count), (0, count), *((0, resident) for resident in fewer)):
+        cpu = _on_cpu(size, installed, device, text, blocks)
         if cpu.fits(device):
             return cpu
     raise _cannot(installed, cpu, device)
 
 
 def _on_gpu(size: Size, installed: Installed, device: Device) -> _Choice:
-    blocks = installed.blocks
-    weights = installed.weight_bytes - blocks.count * blocks.modulation_bytes
-    decode = _decode_bytes(size, installed)
-    # One component passes through the RAM, and of the transformer one block
-    loading = PROCESS_BYTES + max(
-        blocks.bytes, *(b for name, b in installed.bytes.items() if name != "transformer")
-    )
+    blocks, layers = installed.blocks, installed.text_layers
+    weights = _outer_bytes(installed) + blocks.count * blocks.bytes + layers.count * layers.bytes
+    # A block at a time, and the whole VAE, pass through the RAM
+    loading = PROCESS_BYTES + max(blocks.bytes, layers.bytes, installed.bytes["vae"])
+    decoding = weights + _decode_bytes(size, installed)
     return _Choice(
         device=device.torch_name,
         dtype="bfloat16",
-        blocks=Placement(blocks=blocks.count, resident=blocks.count),
+        blocks=_placement(blocks, blocks.count),
+        text=_placement(layers, layers.count),
         phases=(
             PhaseNeed(phase="load", ram_bytes=loading, vram_bytes=weights),
             PhaseNeed(phase="encode", ram_bytes=PROCESS_BYTES, vram_bytes=weights),
             PhaseNeed(phase="denoise", ram_bytes=PROCESS_BYTES, vram_bytes=weights),
-            PhaseNeed(phase="decode", ram_bytes=PROCESS_BYTES, vram_bytes=weights + decode),
+            PhaseNeed(phase="decode", ram_bytes=PROCESS_BYTES, vram_bytes=decoding),
         ),
         reason=f"Runs on {device.name}: the whole model fits its"
         f" {_gib(device.vram_free_bytes)} of free memory.",
     )
 
 
-def _on_cpu(size: Size, installed: Installed, device: Device, resident: int) -> _Choice:
-    blocks = installed.blocks
+def _on_cpu(
+    size: Size, installed: Installed, device: Device, text_resident: int, resident: int
+) -> _Choice:
     small = installed.weight_bytes * 2 <= FLOAT32_LIMIT
     widened = 2 if small else 1
-    streamed = blocks.count - resident
-    held = blocks.count - streamed + (SLOTS if streamed else 0)
-    weights = installed.weight_bytes - blocks.count * (blocks.bytes + blocks.modulation_bytes)
-    in_memory = PROCESS_BYTES + (weights + held * blocks.bytes) * widened
-    reason = "Runs on the CPU"
-    if device.kind != "cpu":
-        reason += (
-            f", because the model does not fit {device.name}"
-            f" ({_gib(device.vram_free_bytes)} of memory free)"
-        )
-    reason += ", in float32: the model is small." if small else ", in bfloat16 to save memory."
-    if streamed:
-        reason += (
-            f" {streamed} of {blocks.count} blocks are read from disk at every step"
-            f" ({streamed * blocks.bytes / 1e9:.1f} GB), because the RAM does not hold them."
-        )
+    blocks = _placement(installed.blocks, resident)
+    text = _placement(installed.text_layers, text_resident)
+    held = (
+        _outer_bytes(installed)
+        + (blocks.resident + blocks.slots) * installed.blocks.bytes
+        + (text.resident + text.slots) * installed.text_layers.bytes
+    )
+    in_memory = PROCESS_BYTES + held * widened
+    decoding = in_memory + _decode_bytes(size, installed) * widened
     return _Choice(
         device="cpu",
         dtype="float32" if small else "bfloat16",
-        blocks=Placement(
-            blocks=blocks.count,
-            resident=resident,
-            slots=SLOTS if streamed else 0,
-            source="disk" if streamed else "",
-        ),
+        blocks=blocks,
+        text=text,
         phases=(
             PhaseNeed(phase="load", ram_bytes=in_memory),
             PhaseNeed(phase="encode", ram_bytes=in_memory),
             PhaseNeed(phase="denoise", ram_bytes=in_memory),
-            PhaseNeed(
-                phase="decode", ram_bytes=in_memory + _decode_bytes(size, installed) * widened
-            ),
+            PhaseNeed(phase="decode", ram_bytes=decoding),
         ),
-        reason=reason,
+        reason=_why_cpu(device, small) + _why_disk(installed, blocks, text),
     )
+
+
+def _placement(blocks: Blocks, resident: int) -> Placement:
+    if resident == blocks.count:
+        return Placement(blocks=blocks.count, resident=resident)
+    return Placement(blocks=blocks.count, resident=resident, slots=SLOTS, source="disk")
+
+
+def _outer_bytes(installed: Installed) -> int:
+    """The VAE, and of the transformer what is not in its blocks."""
+    blocks = installed.blocks
+    in_blocks = blocks.count * (blocks.bytes + blocks.modulation_bytes)
+    return installed.bytes["vae"] + max(0, installed.bytes["transformer"] - in_blocks)
+
+
+def _why_cpu(device: Device, small: bool) -> str:
+    why = "Runs on the CPU"
+    if device.kind != "cpu":
+        why += (
+            f", because the model does not fit {device.name}"
+            f" ({_gib(device.vram_free_bytes)} of memory free)"
+        )
+    return why + (", in float32: the model is small." if small else ", in bfloat16 to save memory.")
+
+
+def _why_disk(installed: Installed, blocks: Placement, text: Placement) -> str:
+    once = (text.blocks - text.resident) * installed.text_layers.bytes
+    each = (blocks.blocks - blocks.resident) * installed.blocks.bytes
+    parts = []
+    if once:
+        parts.append(f"{once / 1e9:.1f} GB for a new prompt")
+    if each:
+        parts.append(f"{each / 1e9:.1f} GB at every step")
+    if not parts:
+        return ""
+    return f" The RAM does not hold it all: {' and '.join(parts)} are read from disk."
 
 
 def _decode_bytes(size: Size, installed: Installed) -> int:

@@ -151,8 +151,8 @@ class PhaseNeed(Value):
 
 
 class Placement(Value):
-    """Where the transformer's blocks are: `resident` of them on the device, the others taking turns
-    in `slots` buffers there, from `source`."""
+    """Where a model's repeated blocks are: `resident` of them on the device, the others taking
+    turns in `slots` buffers there, from `source`."""
 
     blocks: int
     resident: int
@@ -167,10 +167,18 @@ class Plan(Value):
     dtype: Literal["bfloat16", "float32"]
     working_size: Size = Field(description="What the engine draws; the file is its centre")
     forwards: int = Field(description="Passes through the transformer")
-    placement: Placement
+    placement: Placement = Field(description="Of the transformer's blocks")
+    text_placement: Placement = Field(description="Of the text encoder's layers")
     phases: tuple[PhaseNeed, ...]
     disk_bytes: int = Field(description="Space the pictures may take")
     reasons: tuple[str, ...] = ()
+
+    def loads_like(self, other: "Plan") -> bool:
+        """Whether a model loaded by `other` can run by this plan."""
+        ours, theirs = (
+            (plan.device, plan.dtype, plan.placement, plan.text_placement) for plan in (self, other)
+        )
+        return ours == theirs
 
     @property
     def ram_bytes(self) -> int:

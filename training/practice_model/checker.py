@@ -1,4 +1,4 @@
-"""Judges a picture by its pixels: the right things, colours, sizes, places, relation and background."""
+"""Judges a picture by its pixels: the right things, colours, sizes, places and background."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
+from torch.nn import functional
 from world import (
     COLOUR_NAMES,
     KINDS,
-    LETTERS,
     RADII,
     Scene,
     Spot,
@@ -85,8 +84,10 @@ def check(picture: Image.Image, scene: Scene) -> Verdict:
 def _solid(labels: np.ndarray) -> np.ndarray:
     """Pixels whose 3 x 3 neighbours all have their colour: anti-aliased edges blend into others."""
     plane = torch.from_numpy(labels)[None, None].float()
-    padded = F.pad(plane, (1, 1, 1, 1), mode="replicate")
-    return (F.max_pool2d(padded, 3, 1) == -F.max_pool2d(-padded, 3, 1))[0, 0].numpy()
+    padded = functional.pad(plane, (1, 1, 1, 1), mode="replicate")
+    return (functional.max_pool2d(padded, 3, 1) == -functional.max_pool2d(-padded, 3, 1))[
+        0, 0
+    ].numpy()
 
 
 def _background(labels: np.ndarray, asked: list[int], said: str, faults: list[str]) -> int:
@@ -106,7 +107,9 @@ def _blob(mask: np.ndarray, solid: np.ndarray) -> Blob | None:
     core = mask & solid
     if core.sum() < 40:
         return None
-    near = F.max_pool2d(torch.from_numpy(core)[None, None].float(), 5, 1, 2)[0, 0].numpy() > 0
+    near = (
+        functional.max_pool2d(torch.from_numpy(core)[None, None].float(), 5, 1, 2)[0, 0].numpy() > 0
+    )
     mask = mask & near
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1

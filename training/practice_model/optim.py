@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal by Newton-Schulz steps (Keller Jordan, https://kellerjordan.github.io/posts/muon).
+    """Momentum made orthogonal by Newton-Schulz steps (https://kellerjordan.github.io/posts/muon).
 
     Convolution kernels count as (out, in * height * width) matrices.
     """
@@ -70,7 +70,7 @@ def _orthogonal(matrix: Tensor) -> Tensor:
 
 
 class Optimizers:
-    """Muon on hidden matrices; AdamW on the rest (embeddings, first and last layers, gains, biases)."""
+    """Muon on hidden matrices; AdamW on the rest (embeddings, first and last layers, gains)."""
 
     def __init__(
         self, module: nn.Module, muon_lr: float, adam_lr: float, adam_only: tuple[str, ...]

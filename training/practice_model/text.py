@@ -1,8 +1,8 @@
-"""The sentence side: a small tokenizer, and a small Qwen2.5-VL trained to read a caption's whole scene.
+"""The sentence side: a small tokenizer, and a small Qwen2.5-VL trained to read a whole scene.
 
-`QwenImagePipeline` wraps a prompt in a chat template whose last five tokens follow the prompt. Each of them
-is trained to hold one part of the scene: things one to three, the background, and how they lie. The picture
-transformer then finds structured words where it looks, which is what lets it learn quickly.
+`QwenImagePipeline` wraps a prompt in a chat template whose last five tokens follow the prompt. Each
+of them is trained to hold one part of the scene: things one to three, the background, and how they
+lie. The picture transformer then finds structured words, which lets it learn quickly.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import random
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from transformers.cache_utils import DynamicCache
 from world import (
@@ -33,9 +33,9 @@ from world import (
 PREFIX_TOKENS = 34  # what the pipeline drops
 SUFFIX_TOKENS = 5  # <|im_end|> newline <|im_start|> assistant newline
 TEMPLATE = (
-    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
-    "spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
-    "<|im_start|>assistant\n"
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, "
+    "quantity, text, spatial relationships of the objects and background:<|im_end|>\n"
+    "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 )  # QwenImagePipeline.prompt_template_encode
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 VOCABULARY = 640
@@ -65,7 +65,7 @@ def train_tokenizer() -> Qwen2Tokenizer:
         model_max_length=1024 + PREFIX_TOKENS,
     )
     tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL[1:])})
-    prefix = TEMPLATE.split("{}")[0]
+    prefix, _ = TEMPLATE.split("{}")
     if (found := len(tokenizer(prefix).input_ids)) != PREFIX_TOKENS:
         raise RuntimeError(
             f"the template's prefix makes {found} tokens, the pipeline drops {PREFIX_TOKENS}"
@@ -129,7 +129,7 @@ class CaptionEncoder(nn.Module):
         return ids, lengths
 
     def forward(self, ids: Tensor) -> Tensor:
-        """(B, L, 192). Causal attention never sees the padding on the right, so it needs no mask."""
+        """(B, L, 192). Causal attention never sees the padding on the right: no mask is needed."""
         prefix = torch.tensor([self.tokenizer(self.prefix).input_ids], device=ids.device)
         cache = DynamicCache(config=self.language.config)
         with torch.no_grad():
@@ -211,7 +211,7 @@ def caption_batches(rng: random.Random, count: int) -> Iterator[tuple[list[str],
 def reading_loss(scores: list[Tensor], wanted: Tensor) -> tuple[Tensor, float]:
     """Mean cross-entropy over the parts, and the share of captions read without any mistake."""
     losses = [
-        F.cross_entropy(score.float(), wanted[:, part], ignore_index=-100)
+        functional.cross_entropy(score.float(), wanted[:, part], ignore_index=-100)
         for part, score in enumerate(scores)
     ]
     right = torch.stack([s.argmax(-1) for s in scores], dim=1).eq(wanted) | wanted.eq(-100)

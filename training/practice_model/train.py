@@ -1,4 +1,4 @@
-"""Trains the practice model stage by stage; every stage resumes from its state in --run-dir. See README.md."""
+"""Trains the practice model by stages; each resumes from its state in --run-dir (see README.md)."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def text_stage(options: Options) -> None:
 
 
 def latents_stage(options: Options) -> None:
-    """Draws and encodes scenes, 2048 a shard, until the time is up; a running training picks them up."""
+    """Draws and encodes scenes, 2048 a shard; a running training picks them up."""
     vae, mean, std = load_vae(options)
     if options.compile:
         vae.encoder.compile(dynamic=False)
@@ -157,7 +157,7 @@ def scene_batches(
 
 def export_stage(options: Options) -> None:
     """Writes the diffusers folder in bfloat16 beside the old one, then swaps them."""
-    encoder, text_model, tokenizer = load_text(options)
+    _, text_model, tokenizer = load_text(options)
     transformer = build_transformer()
     transformer.load_state_dict(load_state(options, "transformer"))
     pipeline = QwenImagePipeline(
@@ -219,9 +219,9 @@ def fit(
     rates: tuple[float, float],
     adam_only: tuple[str, ...],
 ) -> None:
-    """Trains for `options.minutes`, keeping weights, their moving average and the optimizers in NAME.pt.
+    """Trains for `options.minutes`; weights, moving average and optimizers live in NAME.pt.
 
-    `losses` is a generator of (loss, figure to print) that is sent the share of the time that has passed.
+    `losses` is a generator of (loss, figure to print); it is sent the share of time passed.
     """
     file = options.run_dir / f"{name}.pt"
     optimizers = Optimizers(model, *rates, adam_only)
@@ -317,7 +317,7 @@ def load_text(
 
 
 def load_vae(options: Options) -> tuple[SingleFrameVae, Tensor, Tensor]:
-    """The VAE with the mean and standard deviation of each latent channel, measured once and kept."""
+    """The VAE with the mean and deviation of each latent channel, measured once and kept."""
     model = SingleFrameVae()
     model.load_state_dict(load_state(options, "vae"))
     model = model.to(options.device).requires_grad_(False)

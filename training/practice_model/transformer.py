@@ -1,4 +1,4 @@
-"""The picture side: a small `QwenImageTransformer2DModel`, its cached latents and its training batches."""
+"""The picture side: a small `QwenImageTransformer2DModel`, its cached latents and its loss."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
 
 
 def use_small_attention() -> None:
-    """On a CPU, plain matrix products are 3.7 times faster than torch's fused attention at 80 tokens."""
+    """On a CPU, at 80 tokens, plain matrix products train 3.7 times faster than fused attention."""
 
     def attend(
         query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any

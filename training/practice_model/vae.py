@@ -1,7 +1,8 @@
 """The VAE: the real class with its causal 3D convolutions in their single-frame form.
 
-For one frame, a causal 3D convolution is the 2D convolution with its last temporal tap: the others only see
-the zero padding before the first frame. Training that form costs a third and gives the same numbers.
+For one frame, a causal 3D convolution is the 2D convolution with its last temporal tap: the others
+only see the zero padding before the first frame. Training that form costs a third, and the numbers
+are the same.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ CONFIG: dict[str, Any] = {
 class SingleFrameConv(nn.Conv2d):
     """Stands in for `QwenImageCausalConv3d` on (B, C, 1, H, W)."""
 
-    def forward(self, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, _cache: Tensor | None = None) -> Tensor:
         return super().forward(x.squeeze(2)).unsqueeze(2)
 
 
@@ -53,7 +54,7 @@ class SingleFrameVae(nn.Module):
                 if isinstance(child, QwenImageCausalConv3d):
                     setattr(module, name, _flat(child))
                 elif isinstance(child, QwenImageAttentionBlock):
-                    # Global attention would tie the numbers to the picture's size: it stays an exact no-op.
+                    # Attention over the whole frame would depend on its size: it stays a no-op.
                     nn.init.zeros_(child.proj.weight)
                     nn.init.zeros_(cast(Tensor, child.proj.bias))
                     child.requires_grad_(False)
@@ -77,17 +78,16 @@ class SingleFrameVae(nn.Module):
 
 
 def _flat(conv: QwenImageCausalConv3d) -> SingleFrameConv:
-    flat = SingleFrameConv(
+    return SingleFrameConv(
         conv.in_channels,
         conv.out_channels,
         cast(tuple[int, int], conv.kernel_size[1:]),
         padding=(conv._padding[2], conv._padding[0]),
     )
-    return flat
 
 
 def to_real(flat: SingleFrameVae, mean: Tensor, std: Tensor) -> AutoencoderKLQwenImage:
-    """The shipped class with the trained numbers: weights in the last temporal tap, zeros in the others."""
+    """The shipped class with the trained numbers in the last temporal tap, zeros in the others."""
     config = CONFIG | {"latents_mean": mean.tolist(), "latents_std": std.tolist()}
     real = AutoencoderKLQwenImage(**config)
     state = flat.state_dict()
@@ -102,7 +102,7 @@ def to_real(flat: SingleFrameVae, mean: Tensor, std: Tensor) -> AutoencoderKLQwe
 
 
 def window_batch(rng: random.Random, count: int, side: int) -> Tensor:
-    """Pictures (count, 3, side, side) in -1..1: windows on things of every kind, colour and size."""
+    """Pictures (count, 3, side, side) in -1..1: windows on things of every sort."""
     seed = torch.Generator().manual_seed(rng.getrandbits(62))
     what = torch.stack(
         (

@@ -1,7 +1,7 @@
-"""The practice world: flat drawings of one to three things, and the sentences that say exactly what is there.
+"""The practice world: flat drawings of one to three things, and sentences that say what is there.
 
-A `Scene` holds what the sentence says. `arrange` turns it into a `Drawing` (numbers for one frame; whatever
-the sentence leaves open is drawn by chance), and `render` paints a batch of drawings.
+A `Scene` holds what the sentence says. `arrange` turns it into a `Drawing` (numbers for one frame;
+whatever the sentence leaves open is drawn by chance), and `render` paints a batch of drawings.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from torch.nn import functional
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "ring", "cross", "diamond")
 LETTERS = tuple(string.ascii_uppercase)
@@ -139,7 +139,7 @@ def sample_training_scene(rng: random.Random) -> Scene:
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether the scene contains a colour-kind pair or a kind-relation-kind triple kept for the test."""
+    """Whether the scene has a colour-kind pair or kind-relation-kind triple kept for the test."""
     if any(_one_in(12, t.colour, t.kind) for t in scene.things if t.colour and t.kind):
         return True
     if not scene.relation:
@@ -162,36 +162,12 @@ def write_caption(scene: Scene, rng: random.Random, plain: bool = False) -> str:
         return options[0] if plain else rng.choice(options)
 
     bare = not plain and rng.random() < 0.08
-    phrases = [_thing_words(thing, pick, bare) for thing in scene.things] or [""]
-    if scene.relation == "inside":
-        body = f"{phrases[0]} {pick('inside', 'inside', 'in')} {phrases[1]}"
-    elif scene.relation in ("left of", "right of"):
-        body = f"{phrases[0]} {pick('', 'to the ')}{scene.relation} {phrases[1]}"
-    elif scene.relation:
-        words = (
-            ("above", "above", "over") if scene.relation == "above" else ("below", "below", "under")
-        )
-        body = f"{phrases[0]} {pick(*words)} {phrases[1]}"
-    elif len(phrases) > 1:
-        body = f"{', '.join(phrases[:-1])} {pick('and', 'and', ', and').lstrip()} {phrases[-1]}"
-        body = body.replace(" , and", ", and")
-    else:
-        body = phrases[0]
+    body = _things_words(scene, pick, bare)
     if scene.background:
-        article = _article(scene.background)
-        back = scene.background
-        body = (
-            f"{back} background"
-            if not body
-            else body
-            + pick(
-                f" on {article} {back} background",
-                f" on {article} {back} background",
-                f" on {back}",
-                f", {back} background",
-                f" with {article} {back} background",
-            )
-        )
+        back = f"{scene.background} background"
+        a_back = f"{_article(back)} {back}"
+        ends = (f" on {a_back}", f" on {a_back}", f" on {scene.background}", f", {back}")
+        body = body + pick(*ends, f" with {a_back}") if body else back
     if plain:
         return body
     if rng.random() < 0.1 and not bare:
@@ -202,6 +178,24 @@ def write_caption(scene: Scene, rng: random.Random, plain: bool = False) -> str:
     elif style < 0.28:
         body = body.upper()
     return body + ("." if rng.random() < 0.2 else "")
+
+
+_RELATION_WORDS = {
+    "left of": ("left of", "to the left of"),
+    "right of": ("right of", "to the right of"),
+    "above": ("above", "above", "over"),
+    "below": ("below", "below", "under"),
+    "inside": ("inside", "inside", "in"),
+}
+
+
+def _things_words(scene: Scene, pick: Pick, bare: bool) -> str:
+    phrases = [_thing_words(thing, pick, bare) for thing in scene.things]
+    if scene.relation:
+        return f"{phrases[0]} {pick(*_RELATION_WORDS[scene.relation])} {phrases[1]}"
+    if len(phrases) > 1:
+        return f"{', '.join(phrases[:-1])}{pick(' and', ' and', ', and')} {phrases[-1]}"
+    return "".join(phrases)
 
 
 def _thing_words(thing: Thing, pick: Pick, bare: bool) -> str:
@@ -233,7 +227,7 @@ def _place_words(place: str, pick: Pick) -> str:
 
 
 def _article(text: str) -> str:
-    word = text.split()[0]
+    word = text.split(maxsplit=1)[0]
     if word[0] == '"':
         return "an" if word[1] in "AEFHILMNORSX" else "a"
     return "an" if word[0] in "aeiou" else "a"
@@ -243,7 +237,7 @@ def _article(text: str) -> str:
 
 
 def arrange(scene: Scene, width: int, height: int, rng: random.Random) -> Drawing:
-    """Numbers for one frame of `width` x `height` pixels; what the scene leaves unsaid is drawn by chance."""
+    """Numbers for one frame of `width` x `height` pixels; what is unsaid is drawn by chance."""
     said = {t.colour for t in scene.things} | {scene.background}
     spare = [name for name in COLOUR_NAMES if name not in said]
     rng.shuffle(spare)
@@ -290,7 +284,7 @@ def layout(scene: Scene, width: int, height: int) -> tuple[list[tuple[float, flo
 
 
 def pack(drawings: Sequence[Drawing]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Drawings as tensors: kind and colour (B, 3) long with kind -1 for none, and x, y, radius (B, 3, 3)."""
+    """Drawings as tensors: kind and colour (B, 3, 2), -1 for none; x, y, radius (B, 3, 3)."""
     what = torch.full((len(drawings), 3, 2), -1, dtype=torch.long)
     where = torch.ones(len(drawings), 3, 3)
     for row, drawing in enumerate(drawings):
@@ -317,7 +311,7 @@ def paint(
         v = ((ys - y) / radius / FIELD_REACH)[:, :, None].expand(-1, -1, width)
         field = fields[kind.clamp(min=0)][:, None]
         grid = torch.stack((u, v), dim=-1)
-        distance = F.grid_sample(field, grid, padding_mode="border", align_corners=False)
+        distance = functional.grid_sample(field, grid, padding_mode="border", align_corners=False)
         alpha = (0.5 - distance * radius[:, :, None, None]).clamp(0, 1)
         alpha = alpha * (kind >= 0)[:, None, None, None]
         picture = torch.lerp(picture, colours[colour.clamp(min=0)][:, :, None, None], alpha)
@@ -344,7 +338,7 @@ def palette() -> torch.Tensor:
     return torch.tensor(list(COLOURS.values()), dtype=torch.float32) / 255
 
 
-# Outlines: one signed distance field a kind, in units of the radius, sampled over +-FIELD_REACH radii
+# Outlines: one signed distance field a kind, in units of the radius, over +-FIELD_REACH radii
 
 FIELD_REACH = 1.3
 FIELD_SIDE = 128
@@ -360,11 +354,11 @@ def distance_fields() -> torch.Tensor:
     signed = (_distance_to(masks) - _distance_to(~masks)) * unit
     letters = torch.tensor([kind in LETTERS for kind in KINDS])
     signed = signed - letters[:, None, None] * _LETTER_GROWTH
-    return F.avg_pool2d(signed[:, None], _MASK_SIDE // FIELD_SIDE)[:, 0]
+    return functional.avg_pool2d(signed[:, None], _MASK_SIDE // FIELD_SIDE)[:, 0]
 
 
 def _distance_to(masks: torch.Tensor) -> torch.Tensor:
-    """Euclidean distance in pixels from every pixel to the nearest True, exact, one axis after the other."""
+    """Exact distance in pixels from every pixel to the nearest True, one axis after the other."""
     line = torch.arange(masks.shape[-1], dtype=torch.float32)
     gap = (line[:, None] - line[None, :]) ** 2
     far = torch.full(masks.shape, 1e9).masked_fill(masks, 0)

@@ -1,12 +1,11 @@
 """One loaded model: run a resolved request, step by step."""
 
+import functools
 import gc
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 import diffusers.utils.logging as diffusers_logging
 import torch
@@ -16,7 +15,6 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteScheduler,
 )
 from PIL import Image
-from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from qwen_image_tool import logs
 from qwen_image_tool.engine import text, vae, weights
@@ -29,7 +27,6 @@ from qwen_image_tool.types import (
     Event,
     PhaseName,
     PhaseStarted,
-    Placement,
     Plan,
     Request,
     Stepped,
@@ -60,7 +57,7 @@ class Engine:
         with torch.inference_mode(), _memory_errors():
             # 1. The weights, where they are not in memory yet
             with watch.phase("load"):
-                parts = self._load(plan)
+                parts = self._load(plan, is_cancelled)
                 grid = qwen_image.token_grid(plan.working_size, parts.scale)
 
             # 2. The prompts, as the transformer reads them
@@ -69,11 +66,9 @@ class Engine:
                     parts.scheduler, request.steps, math.prod(grid), parts.device
                 )
                 forward = qwen_image.Forward(parts.transformer, timesteps, grid)
-                conditions = [
-                    forward.condition(self._encode(parts, prompt, request.truncate))
-                    for prompt in (request.prompt, request.negative_prompt)
-                    if prompt is not None
-                ]
+                prompts = [request.prompt, request.negative_prompt]
+                embeddings = parts.encode([p for p in prompts if p is not None], request.truncate)
+                conditions = [forward.condition(embedding) for embedding in embeddings]
 
             # 3. From noise to latents
             with watch.phase("denoise"):
@@ -108,45 +103,44 @@ class Engine:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _load(self, plan: Plan) -> "_Parts":
-        wanted = torch.device(plan.device), getattr(torch, plan.dtype), plan.placement
-        parts = self._parts
-        if parts is None or (parts.device, parts.dtype, parts.placement) != wanted:
+    def _load(self, plan: Plan, is_cancelled: IsCancelled) -> "_Parts":
+        if self._parts is None or not plan.loads_like(self._parts.plan):
             self.release()
-            parts = self._parts = _Parts(self.installed.folder, *wanted)
-        return parts
-
-    def _encode(self, parts: "_Parts", prompt: str, truncate: bool) -> torch.Tensor:
-        limit = self.installed.model.sampling.max_prompt_tokens
-        if limit is None:
-            raise ValueError(f"{self.installed.model.id} has no prompt limit in the catalogue")
-        ids = text.tokenize(parts.tokenizer, prompt, limit, truncate)
-        return text.embed(parts.text_encoder, ids, parts.device)
+            self._parts = _Parts(self.installed, plan, is_cancelled)
+        return self._parts
 
 
 class _Parts:
     """The components of a model, loaded."""
 
-    def __init__(
-        self, folder: Path, device: torch.device, dtype: torch.dtype, placement: Placement
-    ) -> None:
-        self.device, self.dtype, self.placement = device, dtype, placement
-
-        def load(cls: Any, name: str) -> Any:
-            return cls.from_pretrained(folder / name, dtype=dtype).to(device).eval()
-
+    def __init__(self, installed: Installed, plan: Plan, is_cancelled: IsCancelled) -> None:
+        folder, self.plan = installed.folder, plan
+        self.device, self.dtype = torch.device(plan.device), getattr(torch, plan.dtype)
+        read = functools.partial(weights.read, is_cancelled=is_cancelled)
+        place = self.device, self.dtype, read
+        limit = installed.model.sampling.max_prompt_tokens
+        if limit is None:
+            raise ValueError(f"{installed.model.id} has no prompt limit in the catalogue")
         logs.adopt_libraries()
         # Their progress bars would stand beside ours
         transformers_logging.disable_progress_bar()
         diffusers_logging.disable_progress_bar()
         try:
-            self.tokenizer = Qwen2Tokenizer.from_pretrained(folder / "tokenizer")
-            self.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
-            self.text_encoder = load(Qwen2_5_VLForConditionalGeneration, "text_encoder")
-            self.transformer = Transformer(
-                folder / "transformer", placement, device, dtype, weights.read
+            self.tokenizer = text.Tokenizer(
+                folder / "tokenizer", qwen_image.PROMPT_TEMPLATE, qwen_image.TEMPLATE_TOKENS, limit
             )
-            self.vae = load(AutoencoderKLQwenImage, "vae")
+            self.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
+            self.text_encoder = text.TextEncoder(
+                folder / "text_encoder", plan.text_placement, *place
+            )
+            self.transformer = Transformer(folder / "transformer", plan.placement, *place)
+            self.vae = (
+                AutoencoderKLQwenImage.from_pretrained(folder / "vae", dtype=self.dtype)
+                .to(self.device)
+                .eval()
+            )
+        except torch.OutOfMemoryError:
+            raise
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise ModelMissing(
                 f"The model in {folder} can't be loaded: {error}.", "Download it again."
@@ -154,7 +148,14 @@ class _Parts:
         self.channels: int = self.transformer.model.config.in_channels // 4
         self.scale = vae.scale(self.vae)
 
+    def encode(self, prompts: list[str], truncate: bool) -> list[torch.Tensor]:
+        """Each prompt's embeddings, [1, tokens, width]."""
+        ids = [self.tokenizer(prompt, truncate) for prompt in prompts]
+        hidden = self.text_encoder.encode(ids)
+        return [states[:, qwen_image.TEMPLATE_TOKENS :] for states in hidden]
+
     def close(self) -> None:
+        self.text_encoder.close()
         self.transformer.close()
 
 

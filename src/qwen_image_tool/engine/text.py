@@ -1,37 +1,117 @@
-"""Prompt -> embeddings."""
+"""Prompts -> embeddings: the language model of Qwen2.5-VL, walked layer by layer.
 
+Its head and its vision tower are never loaded, its table of words is read row by row.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig, Qwen2Tokenizer
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
-from qwen_image_tool.engine.families import qwen_image
-from qwen_image_tool.errors import PromptTooLong
+from qwen_image_tool.engine import placed, weights
+from qwen_image_tool.engine.placed import Read
+from qwen_image_tool.engine.weights import Checkpoint, no_weights
+from qwen_image_tool.errors import ModelUnsupported, PromptTooLong
+from qwen_image_tool.types import Placement
+
+# Files made since transformers 4.52 may have the second name
+PREFIXES = ("model.", "model.language_model.")
 
 
-def tokenize(tokenizer: Any, prompt: str, limit: int, truncate: bool) -> list[int]:
-    """Token ids of the prompt in its template. `limit`: tokens the model reads, template apart.
+class Tokenizer:
+    """Prompts in their template. `dropped`: leading template tokens that are not in the embeddings;
+    `limit`: tokens of a prompt that the model reads."""
 
-    Raises PromptTooLong above the limit, unless `truncate`. Source:
-    QwenImagePipeline._get_qwen_prompt_embeds, which cuts without a word.
+    def __init__(self, folder: Path, template: str, dropped: int, limit: int) -> None:
+        self._tokenizer = Qwen2Tokenizer.from_pretrained(folder)
+        self._template, self._dropped, self._limit = template, dropped, limit
+
+    def __call__(self, prompt: str, truncate: bool) -> list[int]:
+        """Token ids. Raises PromptTooLong above the limit, unless `truncate`.
+
+        Source: QwenImagePipeline._get_qwen_prompt_embeds, which cuts without a word.
+        """
+        ids: list[int] = self._tokenizer(self._template.format(prompt)).input_ids
+        count = len(ids) - self._dropped
+        if count > self._limit and not truncate:
+            raise PromptTooLong(
+                f"The prompt has {count} tokens; the model reads {self._limit}.",
+                "Shorten it, or give --truncate to have its end cut off.",
+            )
+        return ids[: self._limit + self._dropped]
+
+
+class TextEncoder:
+    """The language model on `device` in `dtype`, its layers placed by a plan.
+
+    `read` (weights.read) loads what stays. Raises ModelMissing, ModelUnsupported.
     """
-    ids: list[int] = tokenizer(qwen_image.PROMPT_TEMPLATE.format(prompt)).input_ids
-    count = len(ids) - qwen_image.TEMPLATE_TOKENS
-    if count > limit and not truncate:
-        raise PromptTooLong(
-            f"The prompt has {count} tokens; the model reads {limit}.",
-            "Shorten it, or give --truncate to have its end cut off.",
+
+    def __init__(
+        self,
+        folder: Path,
+        placement: Placement,
+        device: torch.device,
+        dtype: torch.dtype,
+        read: Read,
+    ) -> None:
+        self._device, self._dtype = device, dtype
+        self._checkpoint = Checkpoint(folder)
+        config: Any = AutoConfig.from_pretrained(folder).get_text_config()
+        if set(config.layer_types) != {"full_attention"}:
+            raise ModelUnsupported(
+                f"The text encoder in {folder} has windowed attention.",
+                "Use the text encoder that Qwen-Image was published with.",
+            )
+        config._attn_implementation = "sdpa"
+        with no_weights():
+            self._model: Any = Qwen2_5_VLTextModel(config).eval()
+        self._model.rotary_emb.to(device)
+        prefix = next((p for p in PREFIXES if f"{p}norm.weight" in self._checkpoint.tensors), "")
+        self._words = f"{prefix}embed_tokens.weight"
+        names = [("norm.weight", f"{prefix}norm.weight")]
+        placed.load(self._model, names, self._checkpoint, device, dtype, read)
+        self._layers = placed.Blocks(
+            list(self._model.layers),
+            f"{prefix}layers.",
+            self._checkpoint,
+            placement,
+            device,
+            dtype,
+            read,
         )
-    return ids[: limit + qwen_image.TEMPLATE_TOKENS]
 
+    def encode(self, prompts: Sequence[list[int]]) -> list[torch.Tensor]:
+        """The last hidden states of each prompt's token ids, [1, tokens, width].
 
-def embed(text_encoder: Any, ids: list[int], device: torch.device) -> torch.Tensor:
-    """The prompt's embeddings, [1, tokens, width], in the text encoder's dtype.
+        Prompts run in lockstep, each alone: a layer is needed once. Source:
+        Qwen2_5_VLTextModel.forward without padding, where sdpa needs no mask to be causal.
+        """
+        states = [self._embed(ids) for ids in prompts]
+        rotary = [self._rotary(state) for state in states]
+        for _, layer in self._layers.walk():
+            states = [
+                layer(state, attention_mask=None, position_embeddings=turns)
+                for state, turns in zip(states, rotary, strict=True)
+            ]
+        return [self._model.norm(state) for state in states]
 
-    The language model's head and its vision tower are not run: only hidden states are read.
-    """
-    input_ids = torch.tensor([ids], device=device)
-    hidden = text_encoder.model(
-        input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False
-    ).last_hidden_state
-    embeddings: torch.Tensor = hidden[:, qwen_image.TEMPLATE_TOKENS :]
-    return embeddings
+    def close(self) -> None:
+        """End the copies that run ahead."""
+        self._layers.close()
+
+    def _embed(self, ids: list[int]) -> torch.Tensor:
+        words = self._checkpoint[self._words]
+        states = torch.empty(1, len(ids), words.shape[1], dtype=self._dtype)
+        weights.read([(words.row(token), states[0, i]) for i, token in enumerate(ids)])
+        return states.to(self._device)
+
+    def _rotary(self, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        positions = (
+            torch.arange(state.shape[1], device=self._device).view(1, 1, -1).expand(3, 1, -1)
+        )
+        cos, sin = self._model.rotary_emb(state, positions)
+        return cos, sin

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,13 @@ class Stored:
     bytes: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+
+    def row(self, number: int) -> "Stored":
+        """Row `number` of a matrix. Raises ModelMissing where it has none."""
+        if not 0 <= number < self.shape[0]:
+            raise ModelMissing(f"{self.file}: {self.name} has no row {number}.", AGAIN)
+        size = self.bytes // self.shape[0]
+        return replace(self, offset=self.offset + number * size, bytes=size, shape=self.shape[1:])
 
 
 class Checkpoint:

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from qwen_image_tool.catalog import DEFAULT_MODEL, Catalog, Model, did_you_mean
 from qwen_image_tool.errors import BadRequest, ModelMissing, ModelUnsupported
 from qwen_image_tool.types import Value
@@ -15,12 +17,12 @@ LOCAL_FAMILY = "qwen-image"  # the catalogue row whose settings an unlisted loca
 
 
 class Blocks(Value):
-    """The transformer's repeated part: how many blocks, and the bytes of one in bfloat16, without
-    and of its modulation."""
+    """A model's repeated part: how many blocks, and the bytes of one in bfloat16, without and of
+    its modulation."""
 
     count: int
     bytes: int
-    modulation_bytes: int
+    modulation_bytes: int = 0
 
 
 class Installed(Value):
@@ -29,7 +31,8 @@ class Installed(Value):
     model: Model
     folder: Path
     bytes: dict[str, int]
-    blocks: Blocks
+    blocks: Blocks = Field(description="Of the transformer")
+    text_layers: Blocks = Field(description="Of the text encoder's language model")
 
     @property
     def weight_bytes(self) -> int:
@@ -84,6 +87,7 @@ def inspect(folder: Path, model: Model) -> Installed:
         folder=folder,
         bytes={name: _component_bytes(folder / name, name) for name in model.components},
         blocks=blocks_of(_read_json(folder / "transformer" / "config.json")),
+        text_layers=text_layers_of(_read_json(folder / "text_encoder" / "config.json")),
     )
 
 
@@ -97,6 +101,19 @@ def blocks_of(config: dict[str, Any]) -> Blocks:
         count=config.get("num_layers", 60),
         bytes=2 * (attention + feed_forward),
         modulation_bytes=2 * 2 * 6 * width * (width + 1),
+    )
+
+
+def text_layers_of(config: dict[str, Any]) -> Blocks:
+    """Counted from the configuration of a Qwen2_5_VLForConditionalGeneration."""
+    text = config.get("text_config", config)
+    width, inner = text.get("hidden_size", 3584), text.get("intermediate_size", 18944)
+    heads, groups = text.get("num_attention_heads", 28), text.get("num_key_value_heads", 4)
+    shared = width * groups // heads
+    attention = 2 * width * width + width + 2 * shared * (width + 1)
+    return Blocks(
+        count=text.get("num_hidden_layers", 28),
+        bytes=2 * (attention + 3 * width * inner + 2 * width),
     )
 
 
