@@ -96,7 +96,7 @@ def test_shared_memory_is_counted_once() -> None:
     """A Mac's GPU and CPU use the same 128 GiB."""
     mac = device("mps", 128, 128).model_copy(update={"shared_memory": True})
     assert plan(mac, size=Size(512, 512)).device == "mps"
-    tight = {"ram_free_bytes": 50 * GIB, "vram_free_bytes": 50 * GIB}
+    tight = {"ram_free_bytes": 40 * GIB, "vram_free_bytes": 40 * GIB}
     assert plan(mac.model_copy(update=tight), size=Size(512, 512)).device == "cpu"
 
 
@@ -106,7 +106,7 @@ def test_where_the_ram_is_short_blocks_are_read_from_disk() -> None:
     assert 0 < found.placement.resident < 58
     assert found.placement.slots == 2
     assert found.reasons[0].endswith(
-        "13.1 GB for a new prompt and 22.7 GB at every step are read from disk."
+        "13.1 GB for a new prompt and 19.0 GB at every step are read from disk."
     )
     assert plan(device("cpu", 64), size=Size(256, 256)).placement.resident == 60
 
