@@ -181,7 +181,12 @@ def test_the_modulation_is_computed_once_a_schedule(
     placed = Transformer(folder, PLACEMENTS[0], torch.device("cpu"), torch.bfloat16, weights.read)
     reads: list[int] = []
     read = weights.read
-    monkeypatch.setattr(weights, "read", lambda pairs: (reads.append(len(pairs)), read(pairs)))
+
+    def counting(pairs: Any) -> None:
+        reads.append(len(pairs))
+        read(pairs)
+
+    monkeypatch.setattr(weights, "read", counting)
     for timesteps in (torch.tensor([900.0, 20.0]), torch.tensor([900.0, 20.0])):
         Forward(placed, timesteps, (4, 6))
     assert reads == [4] * 6, "weight and bias of two layers, once a block"
