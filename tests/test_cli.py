@@ -130,6 +130,26 @@ def test_plan_reads_no_weights_and_writes_nothing(qit: Any, model: str) -> None:
     assert not Path("output").exists()
 
 
+def test_plan_for_a_machine_and_a_model_that_are_not_here(qit: Any) -> None:
+    small = qit("plan", "qwen-image", "--ram", "12GiB", "--vram", "0", "--size", "256x256")
+    assert small.code == 0
+    assert "are read from disk" in small.out
+    large = qit("plan", "qwen-image", "--ram", "64GiB", "--vram", "80GiB", "--json").json
+    assert large["plan"]["device"] == "cuda"
+    assert large["plan"]["placement"] == {"blocks": 60, "resident": 60}
+    tiny_machine = qit("plan", "qwen-image", "--ram", "2GiB", "--vram", "0")
+    assert tiny_machine.code == 2
+    assert "needs" in tiny_machine.err
+
+
+def test_a_run_with_little_ram_reads_from_disk_and_draws_the_same(qit: Any, model: str) -> None:
+    common = ["generate", "a cat", "-m", model, *QUICK, "--seed", "3", "--json"]
+    whole = qit(*common).json
+    assert whole["plan"]["placement"]["resident"] == 2
+    need = max(phase["ram_bytes"] for phase in whole["plan"]["phases"])
+    assert qit(*common, "--ram", f"{need // 2}B").json["error"]["kind"] == "CannotRun"
+
+
 def test_models(qit: Any) -> None:
     said = qit("models", "list")
     assert "qwen-image-2512" in said.out
@@ -170,6 +190,8 @@ BAD = [
     (["generate", "x", "--seed", "-1"], "seed is -1"),
     (["generate", "x", "--seed", str(2**63)], f"Use {2**63 - 1} or less"),
     (["generate", "x", "--n", "0"], "images is 0"),
+    (["generate", "x", "--ram", "much"], "Write it like 8GiB"),
+    (["plan", "--ram", "8GiB"], "A machine has both"),
     (["generate", "x", "MODEL", "--cfg", "1", "--negative", "dark"], "does nothing at CFG 1"),
     (["generate", "word " * 300, "MODEL", "--cfg", "1"], "the model reads 1024"),
     (["generate", "--from", "no.png"], "no.png"),
@@ -219,7 +241,7 @@ def test_a_broken_weight_file_is_said_and_its_traceback_kept(
     weights.write_bytes(weights.read_bytes()[:5000])
     said = qit("generate", "x", "-m", str(broken), *QUICK)
     assert said.code == 2
-    assert "can't be loaded" in said.err
+    assert "is damaged" in said.err
     assert "Traceback" not in said.err
     assert "Traceback" in (home / "logs" / "qit.log").read_text(encoding="utf-8")
     assert pictures() == []

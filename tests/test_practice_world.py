@@ -118,3 +118,18 @@ def test_sentences_name_every_thing() -> None:
             assert thing.colour in sentence
             assert thing.kind.lower() in sentence
         assert scene.background in sentence
+
+
+def test_the_trained_form_of_the_vae_is_the_shipped_class() -> None:
+    import torch
+    from vae import SingleFrameVae, to_real
+
+    torch.manual_seed(0)
+    flat = SingleFrameVae()
+    real = to_real(flat, torch.zeros(16), torch.ones(16))
+    pictures = torch.rand(1, 3, 64, 96) * 2 - 1
+    with torch.no_grad():
+        latents = real.encode(pictures[:, :, None]).latent_dist.mean
+        torch.testing.assert_close(latents[:, :, 0], flat.encode(pictures))
+        decoded = real.decode(latents).sample[:, :, 0]
+        torch.testing.assert_close(decoded, flat.decode(latents[:, :, 0]).clamp(-1, 1))

@@ -42,10 +42,9 @@ class App:
         self.catalog = load_catalog()
         self._engine: Engine | None = None
 
-    def resolve(self, request: Request) -> tuple[Request, store.Installed]:
-        """The request with every choice filled in, and the model it names. Raises BadRequest."""
-        installed = store.locate(request.model, self.catalog, self.settings.models)
-        return installed.model.resolve(request, secrets.randbelow(SEEDS)), installed
+    def resolve(self, request: Request, installed: store.Installed) -> Request:
+        """The request with every choice filled in. Raises BadRequest."""
+        return installed.model.resolve(request, secrets.randbelow(SEEDS))
 
     def model(self, reference: str) -> Model:
         """The catalogue's row of an id, or the one made for a local folder. Raises BadRequest."""
@@ -73,8 +72,12 @@ class App:
         }
 
     def plan(self, request: Request, on: Device | None = None) -> tuple[Request, Plan]:
-        """What the request would do on this machine (read in a child process), or `on` another."""
-        resolved, installed = self.resolve(request)
+        """What the request would do on this machine (read in a child process), or `on` another.
+
+        A model of the catalogue need not be on disk.
+        """
+        installed = store.expect(request.model, self.catalog, self.settings.models)
+        resolved = self.resolve(request, installed)
         where = on or device.probe(device.probe_in_child())
         return resolved, planner.plan(resolved, installed, where)
 
@@ -84,12 +87,16 @@ class App:
         emit: Callable[[Event], None],
         is_cancelled: Callable[[], bool] = never,
         output: Path | None = None,
+        ram_bytes: int | None = None,
+        vram_bytes: int | None = None,
     ) -> Result:
         """Make and save the pictures. What can be refused is refused before any weight is read.
 
-        Raises ToolError. A picture that was saved is whole and stays.
+        `ram_bytes`, `vram_bytes`: use no more of the free memory than this. Raises ToolError. A
+        picture that was saved is whole and stays.
         """
-        resolved, installed = self.resolve(request)
+        installed = store.locate(request.model, self.catalog, self.settings.models)
+        resolved = self.resolve(request, installed)
         folder = output or self.settings.output
         created = gallery.check_output(folder, planner.disk_bytes(resolved))
         if created:
@@ -98,7 +105,8 @@ class App:
         from qwen_image_tool.engine.engine import Engine
         from qwen_image_tool.engine.probe import torch_facts
 
-        plan = planner.plan(resolved, installed, device.probe(torch_facts()))
+        here = device.probe(torch_facts()).within(ram_bytes, vram_bytes)
+        plan = planner.plan(resolved, installed, here)
         for reason in plan.reasons:
             emit(Notice(text=reason))
         if self._engine is None or self._engine.installed != installed:

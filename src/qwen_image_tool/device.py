@@ -77,6 +77,18 @@ def probe(facts: TorchFacts) -> Device:
     )
 
 
+def invented(ram_bytes: int, vram_bytes: int) -> Device:
+    """A machine that isn't this one: all of its memory is free, its card is NVIDIA's."""
+    return Device(
+        kind="cuda" if vram_bytes else "cpu",
+        name="the card" if vram_bytes else "the CPU",
+        ram_bytes=ram_bytes,
+        ram_free_bytes=ram_bytes,
+        vram_bytes=vram_bytes,
+        vram_free_bytes=vram_bytes,
+    )
+
+
 def probe_in_child(
     seconds: float = PROBE_SECONDS, module: str = "qwen_image_tool.engine.probe"
 ) -> TorchFacts:

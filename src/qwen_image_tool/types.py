@@ -133,6 +133,17 @@ class Device(Value):
     torch: str = ""
     notes: tuple[str, ...] = ()
 
+    def within(self, ram_bytes: int | None, vram_bytes: int | None) -> "Device":
+        """This device with no more free memory than these."""
+        limits = {"ram_free_bytes": ram_bytes, "vram_free_bytes": vram_bytes}
+        return self.model_copy(
+            update={
+                name: min(getattr(self, name), limit)
+                for name, limit in limits.items()
+                if limit is not None
+            }
+        )
+
     @property
     def torch_name(self) -> str:
         """The name torch gives it: ROCm answers to "cuda"."""

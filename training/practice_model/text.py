@@ -137,7 +137,9 @@ class CaptionEncoder(nn.Module):
         for layer in cache.layers:
             layer.keys = layer.keys.expand(len(ids), -1, -1, -1)
             layer.values = layer.values.expand(len(ids), -1, -1, -1)
-        return self.language(ids, past_key_values=cache, use_cache=True).last_hidden_state
+        read = self.language(ids, past_key_values=cache, use_cache=True)
+        hidden: Tensor = read.last_hidden_state
+        return hidden
 
 
 # Reading: what each of the five last tokens must know

@@ -8,7 +8,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ from world import SQUARE, arrange, render, sample_training_scene
 
 WEIGHTS = Path(__file__).parents[2] / "src/qwen_image_tool/practice/weights"
 
+Steps = Generator[tuple[Tensor, float], float, None]  # (loss, figure to print); takes the time gone
+
 
 @dataclass(frozen=True)
 class Options:
@@ -63,7 +65,7 @@ def vae_stage(options: Options) -> None:
     model = SingleFrameVae().to(options.device)
     forward = torch.compile(model, dynamic=False) if options.compile else model
 
-    def losses(rng: random.Random) -> Iterator[tuple[Tensor, float]]:
+    def losses(rng: random.Random) -> Steps:
         share = 0.0
         while True:
             side, count = (64, 24) if share < 0.35 else (128, 10)
@@ -83,7 +85,7 @@ def text_stage(options: Options) -> None:
     encoder = CaptionEncoder(build_encoder(tokenizer), tokenizer)
     model = nn.ModuleDict({"encoder": encoder, "reader": Reader()}).to(options.device)
 
-    def losses(rng: random.Random) -> Iterator[tuple[Tensor, float]]:
+    def losses(rng: random.Random) -> Steps:
         for captions, wanted in caption_batches(rng, options.batch or 96):
             ids, lengths = (x.to(options.device) for x in encoder.tokens(captions))
             with torch.autocast(options.device, torch.bfloat16):
@@ -116,7 +118,7 @@ def transformer_stage(options: Options) -> None:
     if options.compile:
         model.compile_repeated_blocks()
 
-    def losses(rng: random.Random) -> Iterator[tuple[Tensor, float]]:
+    def losses(rng: random.Random) -> Steps:
         batches = scene_batches(options, rng)
         while True:
             shard, rows, captions = next(batches)
@@ -215,13 +217,13 @@ def fit(
     name: str,
     options: Options,
     model: nn.Module,
-    losses: Callable[[random.Random], Any],
+    losses: Callable[[random.Random], Steps],
     rates: tuple[float, float],
     adam_only: tuple[str, ...],
 ) -> None:
     """Trains for `options.minutes`; weights, moving average and optimizers live in NAME.pt.
 
-    `losses` is a generator of (loss, figure to print); it is sent the share of time passed.
+    `losses` is sent the share of the time that has passed.
     """
     file = options.run_dir / f"{name}.pt"
     optimizers = Optimizers(model, *rates, adam_only)
@@ -250,18 +252,19 @@ def fit(
         )
 
     begin = saved = time.time()
-    shown, share = None, 0.0
+    share = 0.0
     loss, figure = next(steps)
+    shown = figure
     while True:
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizers.step(min(share / 0.03 + 0.01, 1.0, (1 - share) / 0.6))
         iteration += 1
         decay = min(0.998, (1 + iteration) / (10 + iteration))
         with torch.no_grad():
             for slow, fast in zip(average.parameters(), model.parameters(), strict=True):
                 slow.lerp_(fast, 1 - decay)
-        shown = figure if shown is None else 0.97 * shown + 0.03 * figure
-        share = agreed((time.time() - begin) / (options.minutes * 60))
+        shown = 0.97 * shown + 0.03 * figure
+        share = agreed((time.time() - begin) / (options.minutes * 60), options.device)
         if iteration % 25 == 0 and rank() == 0:
             print(f"{time.time() - begin:6.0f} s  {iteration:6d}  {shown:.4f}", flush=True)
         if share >= 1:
@@ -276,11 +279,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def agreed(value: float) -> float:
+def agreed(value: float, device: str) -> float:
     """The first worker's value, so that all workers switch and stop together."""
     if not dist.is_initialized():
         return value
-    message = torch.tensor([value])
+    message = torch.tensor([value], device=device)
     dist.broadcast(message, 0)
     return float(message)
 

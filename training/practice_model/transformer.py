@@ -67,7 +67,8 @@ def use_small_attention() -> None:
         scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
         if attn_mask is not None:
             scores = scores.masked_fill(~attn_mask, -1e4)
-        return (scores.softmax(dim=-1) @ value).transpose(1, 2)
+        mixed: Tensor = scores.softmax(dim=-1) @ value
+        return mixed.transpose(1, 2)
 
     family.dispatch_attention_fn = attend
 
@@ -127,5 +128,6 @@ def flow_loss(
     level = torch.sigmoid(torch.randn(len(latents), device=latents.device) + TIME_SHIFT)
     noisy = torch.lerp(latents, noise, level[:, None, None])
     with torch.autocast(latents.device.type, torch.bfloat16):
-        velocity = model(noisy, words, mask, level, img_shapes=[grid], return_dict=False)[0]
-    return (velocity.float() - (noise - latents)).square().mean()
+        velocity: Tensor = model(noisy, words, mask, level, img_shapes=[grid], return_dict=False)[0]
+    error = velocity.float() - (noise - latents)
+    return error.square().mean()

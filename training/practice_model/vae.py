@@ -63,14 +63,18 @@ class SingleFrameVae(nn.Module):
         with torch.no_grad():
             self.quant_conv.weight[Z_DIM:] = 0
             self.quant_conv.bias[Z_DIM:] = 2 * math.log(POSTERIOR_STD)
-        self.to(memory_format=torch.channels_last)
+        for parameter in self.parameters():
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
     def encode(self, pictures: Tensor) -> Tensor:
         """The posterior's mean, (B, 16, H/16, W/16)."""
-        return self.quant_conv(self.encoder(pictures.unsqueeze(2)))[:, :Z_DIM, 0]
+        mean: Tensor = self.quant_conv(self.encoder(pictures.unsqueeze(2)))[:, :Z_DIM, 0]
+        return mean
 
     def decode(self, latents: Tensor) -> Tensor:
-        return self.decoder(self.post_quant_conv(latents.unsqueeze(2)))[:, :, 0]
+        pictures: Tensor = self.decoder(self.post_quant_conv(latents.unsqueeze(2)))[:, :, 0]
+        return pictures
 
     def forward(self, pictures: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         latents = self.encode(pictures)

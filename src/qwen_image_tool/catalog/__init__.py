@@ -156,8 +156,8 @@ class Catalog(Value):
     models: tuple[Model, ...]
 
     def get(self, name: str) -> Model | None:
-        """The model whose id or repository is exactly `name`."""
-        return next((m for m in self.models if name in (m.id, m.repo)), None)
+        """The model whose id or repository is exactly `name`; None where there is none."""
+        return next((m for m in self.models if name and name in (m.id, m.repo)), None)
 
     def find(self, name: str) -> Model:
         """Like `get`, but raises BadRequest that names the nearest id."""

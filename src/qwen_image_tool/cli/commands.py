@@ -5,16 +5,18 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from qwen_image_tool import __version__, gallery, logs
 from qwen_image_tool.app import App, made_otherwise
 from qwen_image_tool.catalog import DEFAULT_MODEL
 from qwen_image_tool.catalog.sizes import menu_size, native_size
 from qwen_image_tool.cli.screen import Screen
+from qwen_image_tool.device import invented
 from qwen_image_tool.doctor import worst
 from qwen_image_tool.errors import BadRequest, Cancelled, ToolError
 from qwen_image_tool.settings import load_settings
-from qwen_image_tool.types import Request, Size
+from qwen_image_tool.types import Device, Request, Size
 
 cli = typer.Typer(
     no_args_is_help=True,
@@ -44,6 +46,8 @@ Resolution = Annotated[
 Steps = Annotated[int | None, typer.Option(help="Denoising steps.")]
 Cfg = Annotated[float | None, typer.Option(help="True CFG scale; 1 is off.")]
 Negative = Annotated[str | None, typer.Option(help="What the picture should not show.")]
+Ram = Annotated[str | None, typer.Option(help="Use no more memory than this, such as 8GiB.")]
+Vram = Annotated[str | None, typer.Option(help="Use no more GPU memory than this, such as 6GiB.")]
 Count = Annotated[int | None, typer.Option("--n", help="How many pictures.")]
 
 
@@ -89,6 +93,8 @@ def generate(
     truncate: Annotated[
         bool, typer.Option("--truncate", help="Cut off the end of a prompt that is too long.")
     ] = False,
+    ram: Ram = None,
+    vram: Vram = None,
     as_json: Json = False,
 ) -> None:
     """Make a picture from a sentence, and print its path.
@@ -108,7 +114,13 @@ def generate(
     fields |= _given(size=_size(app, fields["model"], size, ratio, resolution))
     screen = Screen(as_json)
     with screen.progress() as show:
-        result = app.generate(Request.from_user(**fields), show, output=out)
+        result = app.generate(
+            Request.from_user(**fields),
+            show,
+            output=out,
+            ram_bytes=_bytes("--ram", ram),
+            vram_bytes=_bytes("--vram", vram),
+        )
     if source and (change := made_otherwise(gallery.read_image_info(source), result)):
         screen.note(f"The original was made with {change}: pixels may differ.")
     if as_json:
@@ -129,21 +141,27 @@ def plan(
     steps: Steps = None,
     cfg: Cfg = None,
     n: Count = None,
+    ram: Annotated[str | None, typer.Option(help="Plan for a machine with this much RAM.")] = None,
+    vram: Annotated[
+        str | None, typer.Option(help="Plan for a card with this much memory; 0 for none.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show what a picture will need on this computer, without making it.
+    """Show what a picture will need, without making it: here, or on a machine you don't have.
 
     [bold]Examples[/]
 
       qit plan
 
       qit plan qwen-image --ratio 16:9 --resolution Large --json
+
+      qit plan qwen-image --vram 8GiB --ram 32GiB
     """
     app = App(load_settings())
     fields = {"model": model, "prompt": "a prompt"}
     fields |= _given(steps=steps, cfg=cfg, images=n)
     fields |= _given(size=_size(app, model, size, ratio, resolution))
-    request, found = app.plan(Request.from_user(**fields))
+    request, found = app.plan(Request.from_user(**fields), _machine(ram, vram))
     screen = Screen(as_json)
     if as_json:
         screen.json({"request": request.to_dict(), "plan": found.to_dict()})
@@ -243,6 +261,24 @@ def _size(
     if resolution:
         return menu_size(ratio or "1:1", resolution)
     return native_size(app.model(model).sizes.native, ratio) if ratio else None
+
+
+def _machine(ram: str | None, vram: str | None) -> Device | None:
+    """The machine that the options name; None is this one."""
+    if ram is None and vram is None:
+        return None
+    if ram is None or vram is None:
+        raise BadRequest("A machine has both.", "Give --ram and --vram; --vram 0 is no card.")
+    return invented(_bytes("--ram", ram) or 0, _bytes("--vram", vram) or 0)
+
+
+def _bytes(option: str, text: str | None) -> int | None:
+    if text is None:
+        return None
+    try:
+        return TypeAdapter(ByteSize).validate_python(text)
+    except ValidationError as error:
+        raise BadRequest(f"{option} {text!r} is not a size.", "Write it like 8GiB.") from error
 
 
 def _usage(error: typer.TyperException) -> BadRequest:

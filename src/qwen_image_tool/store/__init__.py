@@ -69,6 +69,23 @@ def locate(reference: str, catalog: Catalog, models_folder: Path) -> Installed:
     return inspect(folder, model)
 
 
+def expect(reference: str, catalog: Catalog, models_folder: Path) -> Installed:
+    """Like `locate`, but a model of the catalogue that is not here is taken as it is published."""
+    try:
+        return locate(reference, catalog, models_folder)
+    except ModelMissing:
+        model = catalog.get(reference)
+        if model is None:
+            raise
+    return Installed(
+        model=model,
+        folder=models_folder / model.id,
+        bytes={name: part.bytes for name, part in model.components.items()},
+        blocks=blocks_of({}),
+        text_layers=text_layers_of({}),
+    )
+
+
 def inspect(folder: Path, model: Model) -> Installed:
     """Check that every component of `model` is whole in `folder`, without reading any tensor.
 
