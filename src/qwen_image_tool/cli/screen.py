@@ -74,11 +74,12 @@ class Screen:
         self.facts(
             {
                 "Model": request.model,
-                "Size": f"{request.size}, {request.images} picture(s)",
+                "Size": f"{request.size}"
+                + (f", {request.images} pictures" if request.images > 1 else ""),
                 "Sampling": f"{request.steps} steps, CFG {request.cfg:g},"
                 f" {plan.forwards} passes through the model",
                 "Device": f"{plan.device}, {plan.dtype}",
-                "Disk": f"{plan.disk_bytes / 1e6:.1f} MB at most",
+                "Disk": f"{amount(plan.disk_bytes)} at most",
             }
         )
         self.line("")
@@ -109,7 +110,7 @@ class Screen:
                 (
                     row["id"],
                     row["state"],
-                    f"{row['bytes'] / 1e9:.1f} GB",
+                    amount(row["bytes"]),
                     ", ".join(row["tasks"]),
                     row["licence"] + ("" if row["commercial"] else " (non-commercial)"),
                 )
@@ -142,7 +143,7 @@ class Screen:
         self.rows(
             ("Component", "Weights", "Files", "Class"),
             [
-                (name, f"{part.bytes / 1e9:.3f} GB", str(part.files), part.class_name)
+                (name, amount(part.bytes), str(part.files or "-"), part.class_name)
                 for name, part in model.components.items()
             ],
         )
@@ -215,5 +216,13 @@ def _speed(seconds: float) -> str:
     return f"{seconds:.2f} s/step"
 
 
+def amount(size: int) -> str:
+    """Bytes of files, as disks and downloads count them."""
+    if not size:
+        return "-"
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
 def gib(size: int) -> str:
+    """Bytes of memory, as it is sold."""
     return f"{size / 2**30:.2f} GiB" if size else "-"
