@@ -190,6 +190,7 @@ BAD = [
     (["generate", "x", "--seed", "-1"], "seed is -1"),
     (["generate", "x", "--seed", str(2**63)], f"Use {2**63 - 1} or less"),
     (["generate", "x", "--n", "0"], "images is 0"),
+    (["generate", "x", "--mode", "magic"], "'default' or 'exact'"),
     (["generate", "x", "--ram", "much"], "Write it like 8GiB"),
     (["plan", "--ram", "8GiB"], "A machine has both"),
     (["generate", "x", "MODEL", "--cfg", "1", "--negative", "dark"], "does nothing at CFG 1"),

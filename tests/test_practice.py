@@ -1,5 +1,6 @@
 """The practice model that the package carries: whole, real, and it draws what it is told."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,6 @@ def test_all_files_are_small_and_bfloat16() -> None:
 def test_the_catalogue_says_what_is_there(installed: Installed) -> None:
     for name, part in installed.model.components.items():
         assert installed.bytes[name] == part.bytes
-    import json
-
     on_disk = json.loads((FOLDER / "scheduler" / "scheduler_config.json").read_text("utf-8"))
     said = installed.model.scheduler.model_dump()
     assert said == {name: on_disk[name] for name in said}
@@ -75,7 +74,8 @@ def test_it_has_the_pixels_of_diffusers(draw: Any, installed: Installed) -> None
         num_inference_steps=sampling.steps,
         generator=torch.Generator().manual_seed(1),
     ).images[0]
-    assert np.array_equal(draw()[0], np.asarray(theirs))
+    assert np.array_equal(draw(mode="exact")[0], np.asarray(theirs))
+    assert np.abs(draw()[0] - np.asarray(theirs).astype(int)).max() <= 1
 
 
 def test_the_first_picture_of_the_readme(draw: Any) -> None:

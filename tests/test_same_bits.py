@@ -45,6 +45,7 @@ def plan_for(dtype: torch.dtype, size: Size) -> Plan:
         device="cpu",
         dtype="bfloat16" if dtype == torch.bfloat16 else "float32",
         working_size=size,
+        mode="exact",
         forwards=1,
         placement=Placement(blocks=2, resident=2),
         text_placement=Placement(blocks=2, resident=2),
@@ -150,6 +151,23 @@ def test_a_size_between_multiples_is_the_centre(
     [whole] = ours.draw(exact)
     [centre] = ours.draw(exact.model_copy(update={"size": Size(57, 42)}))
     assert np.array_equal(centre, whole[3:45, 3:60])
+
+
+@pytest.mark.parametrize("case", CASES[:3], ids=lambda case: f"{case[3]}-cfg{case[2]:g}")
+def test_the_default_mode_is_within_one_level(
+    theirs: Any, folder: Path, case: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt, negative, cfg, size, steps = case
+    request = Request(
+        model="tiny", prompt=prompt, negative_prompt=negative, cfg=cfg, size=size, steps=steps,
+        seed=2,
+    )  # fmt: skip
+    ours = Ours(folder, theirs.dtype, monkeypatch)
+    [exact] = ours.draw(request)
+    plan = plan_for(theirs.dtype, size).model_copy(update={"mode": "default"})
+    [image], _ = ours.engine.run(request, plan, lambda _: None, lambda: False)
+    assert torch.equal(ours.cells[0], ours.cells[1]), "only the VAE differs"
+    assert np.abs(np.asarray(image).astype(int) - exact).max() <= 1
 
 
 def test_a_long_prompt_cut_as_diffusers_cuts_it(

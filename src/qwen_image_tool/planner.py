@@ -58,6 +58,7 @@ def plan(request: Request, installed: Installed, device: Device) -> Plan:
     return Plan(
         device=choice.device,
         dtype=choice.dtype,
+        mode=request.mode,
         working_size=working,
         forwards=request.steps * passes,
         placement=choice.blocks,

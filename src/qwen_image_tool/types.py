@@ -86,6 +86,9 @@ class Value(BaseModel):
         return cls.model_validate_json(text)
 
 
+Mode = Literal["default", "exact"]
+
+
 class Request(Value):
     """Everything the user asked for. None means: the model's own value."""
 
@@ -102,6 +105,10 @@ class Request(Value):
     )
     images: int = Field(
         default=1, ge=1, le=100, description="Pictures, with seeds seed, seed+1 ..."
+    )
+    mode: Mode = Field(
+        default="default",
+        description="exact: the bits of diffusers on this device; default: within rounding of them",
     )
     truncate: bool = Field(default=False, description="Cut a prompt that is too long")
 
@@ -176,6 +183,7 @@ class Plan(Value):
 
     device: str = Field(description="torch's name of the device")
     dtype: Literal["bfloat16", "float32"]
+    mode: Mode = "default"
     working_size: Size = Field(description="What the engine draws; the file is its centre")
     forwards: int = Field(description="Passes through the transformer")
     placement: Placement = Field(description="Of the transformer's blocks")
@@ -187,7 +195,8 @@ class Plan(Value):
     def loads_like(self, other: "Plan") -> bool:
         """Whether a model loaded by `other` can run by this plan."""
         ours, theirs = (
-            (plan.device, plan.dtype, plan.placement, plan.text_placement) for plan in (self, other)
+            (plan.device, plan.dtype, plan.mode, plan.placement, plan.text_placement)
+            for plan in (self, other)
         )
         return ours == theirs
 

@@ -48,6 +48,9 @@ Cfg = Annotated[float | None, typer.Option(help="True CFG scale; 1 is off.")]
 Negative = Annotated[str | None, typer.Option(help="What the picture should not show.")]
 Ram = Annotated[str | None, typer.Option(help="Use no more memory than this, such as 8GiB.")]
 Vram = Annotated[str | None, typer.Option(help="Use no more GPU memory than this, such as 6GiB.")]
+ModeOption = Annotated[
+    str | None, typer.Option("--mode", help="exact: to the bit as diffusers; default: faster.")
+]
 Count = Annotated[int | None, typer.Option("--n", help="How many pictures.")]
 
 
@@ -93,6 +96,7 @@ def generate(
     truncate: Annotated[
         bool, typer.Option("--truncate", help="Cut off the end of a prompt that is too long.")
     ] = False,
+    mode: ModeOption = None,
     ram: Ram = None,
     vram: Vram = None,
     as_json: Json = False,
@@ -110,7 +114,7 @@ def generate(
     app = App(load_settings())
     fields = gallery.request_from(source).to_dict() if source else {"model": DEFAULT_MODEL}
     fields |= _given(model=model, prompt=prompt, steps=steps, cfg=cfg, negative_prompt=negative)
-    fields |= _given(seed=seed, images=n, truncate=truncate or None)
+    fields |= _given(seed=seed, images=n, mode=mode, truncate=truncate or None)
     fields |= _given(size=_size(app, fields["model"], size, ratio, resolution))
     screen = Screen(as_json)
     with screen.progress() as show:

@@ -139,6 +139,8 @@ class _Parts:
                 .to(self.device)
                 .eval()
             )
+            if plan.mode != "exact":
+                vae.make_single_frame(self.vae)
         except torch.OutOfMemoryError:
             raise
         except (OSError, ValueError, KeyError, RuntimeError) as error:
