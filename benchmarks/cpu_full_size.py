@@ -1,0 +1,67 @@
+"""The full-size 20B model on the CPU with less RAM than weights: seconds and peak memory.
+
+    .venv/bin/python benchmarks/cpu_full_size.py FOLDER [--ram 8GiB] [--steps 2] [--json]
+
+Makes the model of random weights in FOLDER if it is not there (57.7 GB), then runs one `qit
+generate` at 256x256 in a process of its own and reads that process's peak resident memory.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import full_size
+from qwen_image_tool.app import library_versions
+from qwen_image_tool.device import cores, cpu_name, memory
+
+GIB = 1 << 30
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--ram", default="8GiB")
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+
+    if not options.folder.exists():
+        full_size.make(options.folder)
+    with tempfile.TemporaryDirectory() as out:
+        command = [sys.executable, "-c", "from qwen_image_tool.cli import main; main()"]
+        command += ["generate", "a red circle", "--model", str(options.folder), "--json"]
+        command += ["--size", "256x256", "--steps", str(options.steps), "--seed", "1"]
+        command += ["--ram", options.ram, "--out", out]
+        started = time.perf_counter()
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, check=True, env=os.environ | {"QIT_HOME": out}
+        )
+        seconds = time.perf_counter() - started
+    result = json.loads(done.stdout)
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024  # kilobytes on Linux
+    figures = {
+        "machine": f"{cpu_name()}, {cores()} cores, {memory()[0] / GIB:.0f} GiB, "
+        + platform.system(),
+        "versions": library_versions(),
+        "ram_limit": options.ram,
+        "steps": options.steps,
+        "placement": result["plan"]["placement"],
+        "predicted_ram_gib": round(
+            max(phase["ram_bytes"] for phase in result["plan"]["phases"]) / GIB, 2
+        ),
+        "peak_rss_gib": round(peak / GIB, 2),
+        "seconds": round(seconds, 1),
+        "phase_seconds": {name: round(took, 1) for name, took in result["seconds"].items()},
+    }
+    print(json.dumps(figures, indent=None if options.json else 2))
+
+
+if __name__ == "__main__":
+    main()
