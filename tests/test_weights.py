@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,24 @@ def test_a_large_tensor_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.Mo
     read([(Checkpoint(tmp_path)["x"], target)], counted.append)
     assert torch.equal(target, tensor)
     assert len(counted) == 15
+
+
+def test_ctrl_c_does_not_read_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file({"x": torch.zeros(100_000)}, tmp_path / "x.safetensors")
+    monkeypatch.setattr(weights, "PIECE", 400)
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    def slow(_: int) -> None:
+        time.sleep(0.01)
+        counted.append(1)
+
+    counted: list[int] = []
+    monkeypatch.setattr(weights, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        read([(Checkpoint(tmp_path)["x"], torch.empty(100_000))], slow)
+    assert len(counted) < 1000
 
 
 def test_a_slab_holds_a_whole_module(tmp_path: Path) -> None:

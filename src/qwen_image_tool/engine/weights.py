@@ -173,15 +173,17 @@ def read(
             tensor.copy_(scratch)
         done(size)
 
-    with _Files() as files, ThreadPoolExecutor(READERS, thread_name_prefix="weights") as pool:
-        tasks = []
-        for stored, tensor in pairs:
-            whole = stored.dtype != tensor.dtype or stored.bytes == 0
-            starts = [0] if whole else range(0, stored.bytes, PIECE)
-            tasks += [pool.submit(fill, files, stored, tensor, start) for start in starts]
-        finished, waiting = wait(tasks, return_when=FIRST_EXCEPTION)
-        for task in waiting:
-            task.cancel()
+    with _Files() as files:
+        pool = ThreadPoolExecutor(READERS, thread_name_prefix="weights")
+        try:
+            tasks = []
+            for stored, tensor in pairs:
+                whole = stored.dtype != tensor.dtype or stored.bytes == 0
+                starts = [0] if whole else range(0, stored.bytes, PIECE)
+                tasks += [pool.submit(fill, files, stored, tensor, start) for start in starts]
+            finished, _ = wait(tasks, return_when=FIRST_EXCEPTION)
+        finally:
+            pool.shutdown(cancel_futures=True)  # after an error, or Ctrl-C, nothing more is read
     for task in finished:
         task.result()
 
