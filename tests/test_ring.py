@@ -13,9 +13,8 @@ from torch import nn
 
 import tiny
 from qwen_image_tool.engine import weights
-from qwen_image_tool.engine.families.qwen_image import Forward
+from qwen_image_tool.engine.families.qwen_image import Forward, Transformer
 from qwen_image_tool.engine.ring import Background, Ring, interleaved
-from qwen_image_tool.engine.transformer import Transformer
 from qwen_image_tool.errors import Cancelled, ModelMissing
 from qwen_image_tool.types import Placement
 

@@ -63,9 +63,9 @@ class Ours:
         self.cells: list[torch.Tensor] = []
         decode = vae.decode
 
-        def keep(model: Any, cells: torch.Tensor) -> Image.Image:
+        def keep(model: Any, cells: torch.Tensor, unscale: vae.Unscale) -> Image.Image:
             self.cells.append(cells)
-            return decode(model, cells)
+            return decode(model, cells, unscale)
 
         monkeypatch.setattr(vae, "decode", keep)
 

@@ -16,7 +16,7 @@ GIB = 2**30
 PROCESS_BYTES = int(0.9 * GIB)  # Python with torch and the model classes loaded, before any weight
 USABLE = 0.92  # of the free memory; the rest is for other programs and the allocator's rounding
 SLOTS = 2  # buffers that streamed blocks take turns in
-PNG_BYTES_PER_PIXEL = 3  # RGB that does not compress at all
+PNG_BYTES_PER_PIXEL = 4  # RGBA that does not compress at all
 METADATA_BYTES = 64 << 10
 FLOAT32_LIMIT = 2 * GIB  # models up to this size compute in float32 on the CPU
 

@@ -1,12 +1,59 @@
-"""The one loop: from noise to latents, true classifier-free guidance with the norm rescale."""
+"""The one loop: from noise to latents, with true classifier-free guidance."""
 
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 
-from qwen_image_tool.engine.families.qwen_image import Condition, Forward
+
+class Forward(Protocol):
+    """One pass of a transformer through its schedule; each family has its own."""
+
+    def __call__(
+        self, latents: torch.Tensor, step: int, conditions: list[Any]
+    ) -> list[list[torch.Tensor]]:
+        """`latents`: [pictures, tokens, channels]; `step`: from 0, in order. Returns the predicted
+        velocity of each picture under each condition, [1, tokens, channels]."""
+
+
+# The guided velocity, from the prompt's, the negative prompt's and the CFG scale
+Guide = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+
+
+def noise(seeds: Sequence[int], shape: tuple[int, int, int], dtype: torch.dtype) -> torch.Tensor:
+    """Latent cells to start from, [pictures, 1, *shape] (channels, height, width), on the CPU; each
+    picture from its own generator, so that a seed gives the same noise on every device, in every
+    dtype, beside any others."""
+    drawn = [
+        torch.randn((1, 1, *shape), generator=torch.Generator("cpu").manual_seed(seed), dtype=dtype)
+        for seed in seeds
+    ]
+    return torch.cat(drawn)
+
+
+def schedule(
+    scheduler: Any, steps: int, sigmas: Sequence[float] | None, tokens: int, device: torch.device
+) -> torch.Tensor:
+    """Set the scheduler for a picture of `tokens` image tokens: for `sigmas` where a model has its
+    own, else for `steps`. Returns its timesteps, [steps], float32, from 1000 down.
+
+    Source: calculate_shift and retrieve_timesteps of diffusers' Qwen-Image pipelines.
+    """
+    config = scheduler.config
+    slope = (config.max_shift - config.base_shift) / (
+        config.max_image_seq_len - config.base_image_seq_len
+    )
+    intercept = config.base_shift - slope * config.base_image_seq_len
+    scheduler.set_timesteps(
+        sigmas=np.linspace(1.0, 1 / steps, steps) if sigmas is None else list(sigmas),
+        mu=tokens * slope + intercept,
+        device=device,
+    )
+    scheduler.set_begin_index(0)
+    timesteps: torch.Tensor = scheduler.timesteps
+    return timesteps
 
 
 def denoise(
@@ -14,7 +61,8 @@ def denoise(
     latents: torch.Tensor,
     scheduler: Any,
     timesteps: torch.Tensor,
-    conditions: list[Condition],
+    conditions: list[Any],
+    guide: Guide,
     cfg: float,
     stepped: Callable[[int, float], None],
 ) -> torch.Tensor:
@@ -26,21 +74,7 @@ def denoise(
     for step, timestep in enumerate(timesteps):
         started = time.perf_counter()
         predictions = forward(latents, step, conditions)
-        velocity = torch.cat([guide(prediction, cfg) for prediction in predictions])
+        velocity = torch.cat([p[0] if len(p) == 1 else guide(p[0], p[1], cfg) for p in predictions])
         latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
         stepped(step + 1, time.perf_counter() - started)
     return latents
-
-
-def guide(prediction: list[torch.Tensor], cfg: float) -> torch.Tensor:
-    """True CFG: away from the negative prediction by `cfg`, at the conditional one's norm a token.
-
-    Source: QwenImagePipeline.__call__.
-    """
-    if len(prediction) == 1:
-        return prediction[0]
-    positive, negative = prediction
-    combined = negative + cfg * (positive - negative)
-    norm = torch.norm(positive, dim=-1, keepdim=True)
-    rescaled: torch.Tensor = combined * (norm / torch.norm(combined, dim=-1, keepdim=True))
-    return rescaled

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 import diffusers.utils.logging as diffusers_logging
 import torch
 import transformers.utils.logging as transformers_logging
-from diffusers.models.autoencoders.autoencoder_kl_qwenimage import AutoencoderKLQwenImage
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteScheduler,
 )
@@ -18,9 +17,8 @@ from PIL import Image
 
 from qwen_image_tool import logs
 from qwen_image_tool.engine import text, vae, weights
-from qwen_image_tool.engine.denoise import denoise
-from qwen_image_tool.engine.families import qwen_image
-from qwen_image_tool.engine.transformer import Transformer
+from qwen_image_tool.engine.denoise import denoise, noise, schedule
+from qwen_image_tool.engine.families import FAMILIES
 from qwen_image_tool.errors import Cancelled, ModelMissing, OutOfMemory
 from qwen_image_tool.store import Installed
 from qwen_image_tool.types import (
@@ -29,6 +27,7 @@ from qwen_image_tool.types import (
     PhaseStarted,
     Plan,
     Request,
+    Size,
     Stepped,
 )
 
@@ -49,7 +48,8 @@ class Engine:
         """Make the pictures of a resolved request, in the order of its seeds; and seconds a phase.
 
         Raises PromptTooLong, ModelMissing, OutOfMemory; or Cancelled within a step of
-        `is_cancelled()` turning true. Source of the arithmetic: QwenImagePipeline.__call__.
+        `is_cancelled()` turning true. Source of the arithmetic: QwenImagePipeline.__call__ and
+        QwenImage21Pipeline.__call__.
         """
         if request.size is None or request.steps is None or request.cfg is None:
             raise ValueError("the request is not resolved")
@@ -58,38 +58,37 @@ class Engine:
             # 1. The weights, where they are not in memory yet
             with watch.phase("load"):
                 parts = self._load(plan, is_cancelled)
-                grid = qwen_image.token_grid(plan.working_size, parts.scale)
+                family, grid = parts.family, parts.token_grid(plan.working_size)
 
             # 2. The prompts, as the transformer reads them
             with watch.phase("encode"):
-                timesteps = qwen_image.schedule(
-                    parts.scheduler, request.steps, math.prod(grid), parts.device
+                timesteps = schedule(
+                    parts.scheduler, request.steps, parts.sigmas, math.prod(grid), parts.device
                 )
-                forward = qwen_image.Forward(parts.transformer, timesteps, grid)
+                forward = family.Forward(parts.transformer, timesteps, grid)
                 prompts = [request.prompt, request.negative_prompt]
                 embeddings = parts.encode([p for p in prompts if p is not None], request.truncate)
                 conditions = [forward.condition(embedding) for embedding in embeddings]
 
             # 3. From noise to latents
             with watch.phase("denoise"):
-                latents = qwen_image.noise(
-                    request.seeds, grid, parts.channels, parts.dtype, parts.device
-                )
+                cells = noise(request.seeds, parts.cell_shape(grid), parts.dtype)
                 latents = denoise(
                     forward,
-                    latents,
+                    family.pack(cells).to(parts.device),
                     parts.scheduler,
                     timesteps,
                     conditions,
+                    family.guide,
                     request.cfg,
                     watch.stepped,
                 )
 
             # 4. From latents to pixels, one picture at a time
             with watch.phase("decode"):
-                cells = qwen_image.unpack(latents, grid)
+                cells = family.unpack(latents, grid)
                 images = [
-                    vae.crop_centre(vae.decode(parts.vae, cell[None]), request.size)
+                    vae.crop_centre(vae.decode(parts.vae, cell[None], family.unscale), request.size)
                     for cell in cells
                 ]
         return images, watch.seconds
@@ -115,29 +114,29 @@ class _Parts:
 
     def __init__(self, installed: Installed, plan: Plan, is_cancelled: IsCancelled) -> None:
         folder, self.plan = installed.folder, plan
+        self.family = family = FAMILIES[installed.model.family]
+        sampling = installed.model.sampling
+        self.sigmas = sampling.sigmas
         self.device, self.dtype = torch.device(plan.device), getattr(torch, plan.dtype)
         read = functools.partial(weights.read, is_cancelled=is_cancelled)
         place = self.device, self.dtype, read
-        limit = installed.model.sampling.max_prompt_tokens
-        if limit is None:
-            raise ValueError(f"{installed.model.id} has no prompt limit in the catalogue")
         logs.adopt_libraries()
         # Their progress bars would stand beside ours
         transformers_logging.disable_progress_bar()
         diffusers_logging.disable_progress_bar()
         try:
-            self.tokenizer = text.Tokenizer(
-                folder / "tokenizer", qwen_image.PROMPT_TEMPLATE, qwen_image.TEMPLATE_TOKENS, limit
-            )
+            self.tokenizer = text.Tokenizer(folder / family.TOKENIZER, family.wrap, family.SYSTEM)
             self.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
             self.text_encoder = text.TextEncoder(
-                folder / "text_encoder", plan.text_placement, *place
+                family.TEXT_MODEL,
+                family.TEXT_NORMED,
+                folder / "text_encoder",
+                plan.text_placement,
+                *place,
             )
-            self.transformer = Transformer(folder / "transformer", plan.placement, *place)
+            self.transformer = family.Transformer(folder / "transformer", plan.placement, *place)
             self.vae = (
-                AutoencoderKLQwenImage.from_pretrained(folder / "vae", dtype=self.dtype)
-                .to(self.device)
-                .eval()
+                family.VAE.from_pretrained(folder / "vae", dtype=self.dtype).to(self.device).eval()
             )
             if plan.mode != "exact":
                 vae.make_single_frame(self.vae)
@@ -147,14 +146,28 @@ class _Parts:
             raise ModelMissing(
                 f"The model in {folder} can't be loaded: {error}.", "Download it again."
             ) from error
-        self.channels: int = self.transformer.model.config.in_channels // 4
-        self.scale = vae.scale(self.vae)
+        self._prompt_limit = min(
+            sampling.max_prompt_tokens or family.TEXT_POSITIONS,
+            family.TEXT_POSITIONS,
+            self.text_encoder.positions - self.tokenizer.dropped,
+        )
+
+    def token_grid(self, size: Size) -> tuple[int, int]:
+        """Rows and columns of image tokens."""
+        side = self.family.PATCH * vae.scale(self.vae)
+        return size.height // side, size.width // side
+
+    def cell_shape(self, grid: tuple[int, int]) -> tuple[int, int, int]:
+        """Channels, height and width of a picture's latent cells."""
+        patch = self.family.PATCH
+        channels = self.transformer.model.config.in_channels // patch**2
+        return channels, grid[0] * patch, grid[1] * patch
 
     def encode(self, prompts: list[str], truncate: bool) -> list[torch.Tensor]:
         """Each prompt's embeddings, [1, tokens, width]."""
-        ids = [self.tokenizer(prompt, truncate) for prompt in prompts]
+        ids = [self.tokenizer(prompt, self._prompt_limit, truncate) for prompt in prompts]
         hidden = self.text_encoder.encode(ids)
-        return [states[:, qwen_image.TEMPLATE_TOKENS :] for states in hidden]
+        return [states[:, self.tokenizer.dropped :] for states in hidden]
 
     def close(self) -> None:
         self.text_encoder.close()

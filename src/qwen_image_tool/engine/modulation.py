@@ -11,6 +11,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from qwen_image_tool.engine import weights
+from qwen_image_tool.engine.weights import Checkpoint, Layout
+
 PARTS = ("img_mod", "txt_mod")
 
 
@@ -55,3 +58,36 @@ def build(
             torch.stack([torch.stack([modules[part](temb) for part in PARTS]) for temb in tembs])
         )
     return Table(torch.stack(rows, dim=1))
+
+
+class Modulation:
+    """The modulation of `blocks`, `prefix` + "0.", "1." ... in the checkpoint; taken out of them
+    here. The table of the last schedule is kept."""
+
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        prefix: str,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self._prefix, self._checkpoint, self._device = prefix, checkpoint, device
+        taken = [strip(block) for block in blocks]
+        self._scratch = taken[0]  # filled with each block's weights in turn
+        self._layout = Layout.of(self._scratch, dtype)
+        self._count = len(blocks)
+        self._table: tuple[tuple[float, ...], Table] | None = None
+
+    def table(self, timesteps: torch.Tensor, tembs: Sequence[torch.Tensor]) -> Table:
+        """The rows of a schedule, whose time embeddings are `tembs`."""
+        schedule = tuple(timesteps.tolist())
+        if self._table is None or self._table[0] != schedule:
+            self._table = schedule, build(tembs, self._count, self._load)
+        return self._table[1]
+
+    def _load(self, number: int) -> nn.ModuleDict:
+        slab = torch.empty(self._layout.bytes, dtype=torch.uint8)
+        weights.read(self._layout.reads(self._checkpoint, f"{self._prefix}{number}.", slab))
+        self._layout.attach(self._scratch, slab.to(self._device))
+        return self._scratch

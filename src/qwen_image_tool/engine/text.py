@@ -1,15 +1,14 @@
-"""Prompts -> embeddings: the language model of Qwen2.5-VL, walked layer by layer.
+"""Prompts -> embeddings: the language model of Qwen2.5-VL or Qwen3-VL, walked layer by layer.
 
 Its head and its vision tower are never loaded, its table of words is read row by row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, Qwen2Tokenizer
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
 from qwen_image_tool.engine import placed, weights
 from qwen_image_tool.engine.placed import Read
@@ -22,57 +21,66 @@ PREFIXES = ("model.", "model.language_model.")
 
 
 class Tokenizer:
-    """Prompts in their template. `dropped`: leading template tokens that are not in the embeddings;
-    `limit`: tokens of a prompt that the model reads."""
+    """Prompts in their template. `wrap` puts a prompt into it. `system`: its leading text, or the
+    number of leading tokens, that is not in the embeddings."""
 
-    def __init__(self, folder: Path, template: str, dropped: int, limit: int) -> None:
+    def __init__(self, folder: Path, wrap: Callable[[str], str], system: str | int) -> None:
         self._tokenizer = Qwen2Tokenizer.from_pretrained(folder)
-        self._template, self._dropped, self._limit = template, dropped, limit
+        self._wrap = wrap
+        self.dropped = len(self._ids(system)) if isinstance(system, str) else system
 
-    def __call__(self, prompt: str, truncate: bool) -> list[int]:
-        """Token ids. Raises PromptTooLong above the limit, unless `truncate`.
+    def __call__(self, prompt: str, limit: int, truncate: bool) -> list[int]:
+        """Token ids; `limit`: how many the model reads, beside the dropped ones. Raises
+        PromptTooLong above it, unless `truncate`.
 
         Source: QwenImagePipeline._get_qwen_prompt_embeds, which cuts without a word.
         """
-        ids: list[int] = self._tokenizer(self._template.format(prompt)).input_ids
-        count = len(ids) - self._dropped
-        if count > self._limit and not truncate:
+        ids = self._ids(self._wrap(prompt))
+        count = len(ids) - self.dropped
+        if count > limit and not truncate:
             raise PromptTooLong(
-                f"The prompt has {count} tokens; the model reads {self._limit}.",
+                f"The prompt has {count} tokens; the model reads {limit}.",
                 "Shorten it, or give --truncate to have its end cut off.",
             )
-        return ids[: self._limit + self._dropped]
+        return ids[: limit + self.dropped]
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer(text).input_ids
+        return ids
 
 
 class TextEncoder:
-    """The language model on `device` in `dtype`, its layers placed by a plan.
+    """A language model of transformers' class `kind` on `device` in `dtype`, its layers placed by a
+    plan. `normed`: its last hidden states go through its final norm.
 
     `read` (weights.read) loads what stays. Raises ModelMissing, ModelUnsupported.
     """
 
     def __init__(
         self,
+        kind: Any,
+        normed: bool,
         folder: Path,
         placement: Placement,
         device: torch.device,
         dtype: torch.dtype,
         read: Read,
     ) -> None:
-        self._device, self._dtype = device, dtype
+        self._normed, self._device, self._dtype = normed, device, dtype
         self._checkpoint = Checkpoint(folder)
         config: Any = AutoConfig.from_pretrained(folder).get_text_config()
-        if set(config.layer_types) != {"full_attention"}:
+        if set(getattr(config, "layer_types", ())) - {"full_attention"}:
             raise ModelUnsupported(
                 f"The text encoder in {folder} has windowed attention.",
                 "Use the text encoder that Qwen-Image was published with.",
             )
         config._attn_implementation = "sdpa"
         with no_weights():
-            self._model: Any = Qwen2_5_VLTextModel(config).eval()
+            self._model: Any = kind(config).eval()
         self._model.rotary_emb.to(device)
         prefix = next((p for p in PREFIXES if f"{p}norm.weight" in self._checkpoint.tensors), "")
         self._words = f"{prefix}embed_tokens.weight"
-        names = [("norm.weight", f"{prefix}norm.weight")]
+        names = [("norm.weight", f"{prefix}norm.weight")] if normed else []
         placed.load(self._model, names, self._checkpoint, device, dtype, read)
         self._layers = placed.Blocks(
             list(self._model.layers),
@@ -88,7 +96,8 @@ class TextEncoder:
         """The last hidden states of each prompt's token ids, [1, tokens, width].
 
         Prompts run in lockstep, each alone: a layer is needed once. Source:
-        Qwen2_5_VLTextModel.forward without padding, where sdpa needs no mask to be causal.
+        Qwen2_5_VLTextModel.forward and Qwen3VLTextModel.forward without padding, where sdpa needs
+        no mask to be causal.
         """
         states = [self._embed(ids) for ids in prompts]
         rotary = [self._rotary(state) for state in states]
@@ -97,7 +106,12 @@ class TextEncoder:
                 layer(state, attention_mask=None, position_embeddings=turns)
                 for state, turns in zip(states, rotary, strict=True)
             ]
-        return [self._model.norm(state) for state in states]
+        return [self._model.norm(state) for state in states] if self._normed else states
+
+    @property
+    def positions(self) -> int:
+        """How many tokens the model has positions for."""
+        return int(self._model.config.max_position_embeddings)
 
     def close(self) -> None:
         """End the copies that run ahead."""

@@ -1,5 +1,6 @@
 """Latents -> pixels."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,22 +12,25 @@ from torch.nn import functional
 
 from qwen_image_tool.types import Size
 
+# Latent cells, their mean and their deviation, to latent cells as the VAE reads them
+Unscale = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
 
 def scale(vae: Any) -> int:
     """Pixels a side of one latent cell."""
     return int(2 ** len(vae.temperal_downsample))
 
 
-def decode(vae: Any, latents: torch.Tensor) -> Image.Image:
-    """One picture's latents, [1, channels, 1, height, width], to its RGB picture.
+def decode(vae: Any, cells: torch.Tensor, unscale: Unscale) -> Image.Image:
+    """One picture's latent cells, [1, channels, 1, height, width], to its RGB or RGBA picture.
 
     Source: the end of QwenImagePipeline.__call__, VaeImageProcessor.postprocess.
     """
-    latents = latents.to(vae.dtype)
+    cells = cells.to(vae.dtype)
     shape = (1, vae.config.z_dim, 1, 1, 1)
-    mean = torch.tensor(vae.config.latents_mean).view(shape).to(latents)
-    inverse_std = 1.0 / torch.tensor(vae.config.latents_std).view(shape).to(latents)
-    pixels = _pixels(vae, latents / inverse_std + mean)[0, :, 0]
+    mean = torch.tensor(vae.config.latents_mean).view(shape).to(cells)
+    std = torch.tensor(vae.config.latents_std).view(shape).to(cells)
+    pixels = _pixels(vae, unscale(cells, mean, std))[0, :, 0]
     unit = (pixels * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0).cpu().float().numpy()
     return Image.fromarray((unit * 255).round().astype(np.uint8))
 
@@ -35,8 +39,10 @@ def make_single_frame(vae: Any) -> None:
     """Turn the VAE's decoder, in place, into one for a single frame: much faster, within rounding.
 
     For one frame a causal 3D convolution is the 2D convolution with its last temporal tap: the
-    others only see the zeros before the first frame.
+    others only see the zeros before the first frame. AutoencoderKLQwenImage21 is one already.
     """
+    if not isinstance(vae.post_quant_conv, QwenImageCausalConv3d):
+        return
     vae.post_quant_conv = _SingleFrame(vae.post_quant_conv)
     for module in list(vae.decoder.modules()):
         for name, child in list(module.named_children()):
@@ -51,7 +57,7 @@ def crop_centre(image: Image.Image, size: Size) -> Image.Image:
 
 
 def _pixels(vae: Any, cells: torch.Tensor) -> torch.Tensor:
-    """[1, 3, 1, height, width] in -1 to 1."""
+    """[1, 3 or 4, 1, height, width] in -1 to 1."""
     if isinstance(vae.post_quant_conv, _SingleFrame):
         decoded: torch.Tensor = vae.decoder(vae.post_quant_conv(cells))
         return decoded.clamp(-1, 1)

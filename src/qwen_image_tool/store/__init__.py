@@ -9,11 +9,12 @@ from typing import Any
 
 from pydantic import Field
 
-from qwen_image_tool.catalog import DEFAULT_MODEL, Catalog, Model, did_you_mean
+from qwen_image_tool.catalog import DEFAULT_MODEL, Catalog, Family, Model, did_you_mean
 from qwen_image_tool.errors import BadRequest, ModelMissing, ModelUnsupported
 from qwen_image_tool.types import Value
 
-LOCAL_FAMILY = "qwen-image"  # the catalogue row whose settings an unlisted local folder takes
+# The catalogue rows whose settings an unlisted local folder takes
+LOCAL_20B, LOCAL_21, LOCAL_TURBO = "qwen-image", "qwen-image-2.1", "qwen-image-2.1-turbo"
 
 
 class Blocks(Value):
@@ -81,16 +82,17 @@ def expect(reference: str, catalog: Catalog, models_folder: Path) -> Installed:
         model=model,
         folder=models_folder / model.id,
         bytes={name: part.bytes for name, part in model.components.items()},
-        blocks=blocks_of({}),
-        text_layers=text_layers_of({}),
+        blocks=blocks_of({}, model.family),
+        text_layers=text_layers_of({}, model.family),
     )
 
 
 def inspect(folder: Path, model: Model) -> Installed:
     """Check that every component of `model` is whole in `folder`, without reading any tensor.
 
-    Raises ModelMissing that names the first file which is not there, ModelUnsupported where the
-    folder holds another kind of model.
+    A schedule of the folder's own takes the place of the model's. Raises ModelMissing that names
+    the first file which is not there, ModelUnsupported where the folder holds another kind of
+    model.
     """
     index = _read_json(folder / "model_index.json")
     found = index.get("_class_name")
@@ -100,17 +102,24 @@ def inspect(folder: Path, model: Model) -> Installed:
             "Choose the folder of a text-to-image Qwen-Image model.",
         )
     return Installed(
-        model=model,
+        model=_with_sigmas(model, index.get("sample_sigmas")),
         folder=folder,
         bytes={name: _component_bytes(folder / name, name) for name in model.components},
-        blocks=blocks_of(_read_json(folder / "transformer" / "config.json")),
-        text_layers=text_layers_of(_read_json(folder / "text_encoder" / "config.json")),
+        blocks=blocks_of(_read_json(folder / "transformer" / "config.json"), model.family),
+        text_layers=text_layers_of(
+            _read_json(folder / "text_encoder" / "config.json"), model.family
+        ),
     )
 
 
-def blocks_of(config: dict[str, Any]) -> Blocks:
-    """Counted from the configuration of a QwenImageTransformer2DModel."""
+def blocks_of(config: dict[str, Any], family: Family = "qwen-image") -> Blocks:
+    """Counted from the configuration of a QwenImageTransformer2DModel, or in the 2.1 family of a
+    QwenImage21Transformer2DModel; what it does not say is as published."""
     head = config.get("attention_head_dim", 128)
+    if family == "qwen-image-2.1":
+        width = config.get("num_attention_heads", 32) * head
+        matrices = (4 + 3 * config.get("mlp_ratio", 3)) * width * width
+        return Blocks(count=config.get("num_layers", 32), bytes=2 * (matrices + 2 * head))
     width = config.get("num_attention_heads", 24) * head
     attention = 8 * width * (width + 1) + 4 * head
     feed_forward = 2 * (8 * width * width + 5 * width)
@@ -121,17 +130,21 @@ def blocks_of(config: dict[str, Any]) -> Blocks:
     )
 
 
-def text_layers_of(config: dict[str, Any]) -> Blocks:
-    """Counted from the configuration of a Qwen2_5_VLForConditionalGeneration."""
+def text_layers_of(config: dict[str, Any], family: Family = "qwen-image") -> Blocks:
+    """Counted from the configuration of a Qwen2_5_VLForConditionalGeneration, or in the 2.1 family
+    of a Qwen3VLForConditionalGeneration; what it does not say is as published."""
     text = config.get("text_config", config)
-    width, inner = text.get("hidden_size", 3584), text.get("intermediate_size", 18944)
-    heads, groups = text.get("num_attention_heads", 28), text.get("num_key_value_heads", 4)
-    shared = width * groups // heads
-    attention = 2 * width * width + width + 2 * shared * (width + 1)
-    return Blocks(
-        count=text.get("num_hidden_layers", 28),
-        bytes=2 * (attention + 3 * width * inner + 2 * width),
-    )
+    if family == "qwen-image-2.1":
+        width, inner = text.get("hidden_size", 4096), text.get("intermediate_size", 12288)
+        heads, groups = text.get("num_attention_heads", 32), text.get("num_key_value_heads", 8)
+        head, layers = text.get("head_dim", 128), text.get("num_hidden_layers", 36)
+        attention = 2 * (heads + groups) * head * width + 2 * head
+    else:
+        width, inner = text.get("hidden_size", 3584), text.get("intermediate_size", 18944)
+        heads, groups = text.get("num_attention_heads", 28), text.get("num_key_value_heads", 4)
+        shared, layers = width * groups // heads, text.get("num_hidden_layers", 28)
+        attention = 2 * width * width + width + 2 * shared * (width + 1)
+    return Blocks(count=layers, bytes=2 * (attention + 3 * width * inner + 2 * width))
 
 
 def _unknown(reference: str, catalog: Catalog) -> BadRequest:
@@ -143,10 +156,19 @@ def _unknown(reference: str, catalog: Catalog) -> BadRequest:
     return BadRequest(f"There is no model or folder {reference!r}.", hint)
 
 
+def _with_sigmas(model: Model, sigmas: Any) -> Model:
+    """The model with a schedule that its folder fixes, which is how diffusers reads a Turbo."""
+    if not sigmas:
+        return model
+    sampling = {"sigmas": tuple(sigmas), "steps": len(sigmas)}
+    return model.model_copy(update={"sampling": model.sampling.model_copy(update=sampling)})
+
+
 def _local_model(folder: Path, catalog: Catalog) -> Model:
-    """A catalogue row for a folder the catalogue doesn't know: the 20B text-to-image settings, with
-    the size multiple that the folder's VAE needs."""
-    base = catalog.find(LOCAL_FAMILY)
+    """A catalogue row for a folder the catalogue doesn't know: the text-to-image settings of its
+    family, with the size multiple that the folder's VAE needs."""
+    index = _read_json(folder / "model_index.json")
+    base = catalog.find(_local_row(index))
     vae = _read_json(folder / "vae" / "config.json")
     levels = len(vae.get("temperal_downsample", (False, True, True)))
     transformer = _read_json(folder / "transformer" / "config.json")
@@ -157,25 +179,37 @@ def _local_model(folder: Path, catalog: Catalog) -> Model:
         )
     multiple = 2 ** (levels + 1)
     sizes = base.sizes.model_copy(update={"multiple": multiple})
-    width = vae.get("base_dim", 96)
+    width, published = vae.get("base_dim", 96), 96
+    if base.family == "qwen-image-2.1":
+        width, published = vae.get("decoder_base_dim") or width, 144
     return base.model_copy(
         update={
             "id": str(folder),
             "name": folder.name,
             "repo": "",
             "sizes": sizes,
-            "decode_bytes_per_pixel": base.decode_bytes_per_pixel * width // 96,
+            "decode_bytes_per_pixel": base.decode_bytes_per_pixel * width // published,
         }
     )
 
 
+def _local_row(index: dict[str, Any]) -> str:
+    if index.get("_class_name") != "QwenImage21Pipeline":
+        return LOCAL_20B
+    return LOCAL_TURBO if index.get("sample_sigmas") else LOCAL_21
+
+
 def _component_bytes(folder: Path, name: str) -> int:
-    """Bytes of a component's weights; 0 where it has none (tokenizer, scheduler)."""
+    """Bytes of a component's weights; 0 where it has none (tokenizer, processor, scheduler)."""
     if not folder.is_dir():
         raise ModelMissing(
             f"The component {name!r} is missing: there is no folder {folder}.", _AGAIN
         )
-    config = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
+    config = {
+        "scheduler": "scheduler_config.json",
+        "tokenizer": "tokenizer_config.json",
+        "processor": "tokenizer_config.json",  # the part of it that is read
+    }
     _read_json(folder / config.get(name, "config.json"))
     if name in config:
         return 0

@@ -1,4 +1,4 @@
-"""The 20B family (Qwen-Image, -2512): its prompt template, its latents, its schedule, its forward.
+"""The 20B family (Qwen-Image, -2512): its prompt template, its latents, its forward.
 
 Same arithmetic as diffusers' QwenImagePipeline, taken apart so that the loop and the placement of
 weights are ours. Source: diffusers 0.42, pipelines/qwenimage/pipeline_qwenimage.py and
@@ -6,45 +6,43 @@ models/transformers/transformer_qwenimage.py.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
-import numpy as np
 import torch
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import AutoencoderKLQwenImage
+from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformer2DModel
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
-from qwen_image_tool.engine.transformer import Transformer
-from qwen_image_tool.types import Size
+from qwen_image_tool.engine import transformer
+from qwen_image_tool.engine.modulation import Modulation
+from qwen_image_tool.engine.placed import Read
+from qwen_image_tool.engine.weights import Checkpoint
+from qwen_image_tool.types import Placement
+
+TOKENIZER = "tokenizer"
+TEXT_MODEL = Qwen2_5_VLTextModel
+TEXT_NORMED = True
+TEXT_POSITIONS = 1024
+SYSTEM: str | int = 34
+VAE = AutoencoderKLQwenImage
+PATCH = 2
 
 PROMPT_TEMPLATE = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity,"
     " text, spatial relationships of the objects and background:<|im_end|>\n"
     "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 )
-TEMPLATE_TOKENS = 34  # leading tokens of the template that are cut from the embeddings
 
 
-def token_grid(size: Size, vae_scale: int) -> tuple[int, int]:
-    """Rows and columns of image tokens: 2x2 latent cells of `vae_scale` pixels a side."""
-    return size.height // (2 * vae_scale), size.width // (2 * vae_scale)
+def wrap(prompt: str) -> str:
+    return PROMPT_TEMPLATE.format(prompt)
 
 
-def noise(
-    seeds: tuple[int, ...],
-    grid: tuple[int, int],
-    channels: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> torch.Tensor:
-    """Starting latents, [pictures, tokens, 4 * channels]; each picture from its own CPU generator,
-    so that a seed gives the same noise on every device, in every dtype, beside any others."""
-    rows, columns = grid
-    shape = (1, 1, channels, 2 * rows, 2 * columns)
-    drawn = [
-        torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=dtype)
-        for seed in seeds
-    ]
-    latents = torch.cat(drawn).view(len(seeds), channels, rows, 2, columns, 2)
-    latents = latents.permute(0, 2, 4, 1, 3, 5).reshape(len(seeds), rows * columns, channels * 4)
-    return latents.to(device)
+def pack(cells: torch.Tensor) -> torch.Tensor:
+    """Latent cells, [pictures, 1, channels, height, width], to latents: a token is 2x2 cells."""
+    pictures, _, channels, height, width = cells.shape
+    cells = cells.view(pictures, channels, height // 2, 2, width // 2, 2)
+    return cells.permute(0, 2, 4, 1, 3, 5).reshape(pictures, -1, channels * 4)
 
 
 def unpack(latents: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -55,20 +53,43 @@ def unpack(latents: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     return latents.reshape(pictures, packed // 4, 1, rows * 2, columns * 2)
 
 
-def schedule(scheduler: Any, steps: int, tokens: int, device: torch.device) -> torch.Tensor:
-    """Set the scheduler for `steps` and a picture of `tokens` image tokens; returns its timesteps,
-    [steps], float32, from 1000 down."""
-    config = scheduler.config
-    slope = (config.max_shift - config.base_shift) / (
-        config.max_image_seq_len - config.base_image_seq_len
-    )
-    intercept = config.base_shift - slope * config.base_image_seq_len
-    scheduler.set_timesteps(
-        sigmas=np.linspace(1.0, 1 / steps, steps), mu=tokens * slope + intercept, device=device
-    )
-    scheduler.set_begin_index(0)
-    timesteps: torch.Tensor = scheduler.timesteps
-    return timesteps
+def guide(positive: torch.Tensor, negative: torch.Tensor, cfg: float) -> torch.Tensor:
+    """Away from the negative prediction by `cfg`, at the conditional one's norm a token."""
+    combined = negative + cfg * (positive - negative)
+    norm = torch.norm(positive, dim=-1, keepdim=True)
+    rescaled: torch.Tensor = combined * (norm / torch.norm(combined, dim=-1, keepdim=True))
+    return rescaled
+
+
+def unscale(cells: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """Latent cells as the VAE reads them."""
+    return cells / (1.0 / std) + mean
+
+
+class Transformer(transformer.Transformer):
+    """A QwenImageTransformer2DModel whose blocks are without their modulation weights."""
+
+    def __init__(
+        self,
+        folder: Path,
+        placement: Placement,
+        device: torch.device,
+        dtype: torch.dtype,
+        read: Read,
+    ) -> None:
+        model = transformer.without_weights(QwenImageTransformer2DModel, folder)
+        checkpoint = Checkpoint(folder)
+        self.modulation = Modulation(
+            list(model.transformer_blocks), transformer.PREFIX, checkpoint, device, dtype
+        )
+        super().__init__(model, checkpoint, placement, device, dtype, read)
+
+    def time_embedding(self, timestep: torch.Tensor) -> torch.Tensor:
+        """[1, width], for a scalar timestep from 0 to 1000."""
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        time = timestep.expand(1).to(self.dtype) / 1000
+        embedding: torch.Tensor = self.model.time_text_embed(time, like, None)
+        return embedding
 
 
 @dataclass(frozen=True)
@@ -94,7 +115,7 @@ class Forward:
         self._transformer = transformer
         self._shapes = [[(1, *grid)]]
         self._tembs = [transformer.time_embedding(timestep) for timestep in timesteps]
-        self._table = transformer.modulation(timesteps, self._tembs)
+        self._table = transformer.modulation.table(timesteps, self._tembs)
 
     def condition(self, embeddings: torch.Tensor) -> Condition:
         """`embeddings`: [1, text tokens, text encoder's width]."""
@@ -108,11 +129,7 @@ class Forward:
     def __call__(
         self, latents: torch.Tensor, step: int, conditions: list[Condition]
     ) -> list[list[torch.Tensor]]:
-        """One pass at step `step` of the schedule, from 0.
-
-        `latents`: [pictures, tokens, channels]. Returns the predicted velocity of each picture
-        under each condition: a list over pictures of lists over conditions, [1, tokens, channels].
-        """
+        """See denoise.Forward."""
         model, temb = self._transformer.model, self._tembs[step]
         pictures = [model.img_in(latents[i : i + 1]) for i in range(latents.shape[0])]
         streams = [(image, c.text, c.rotary) for image in pictures for c in conditions]
