@@ -159,6 +159,7 @@ def test_models(qit: Any) -> None:
     assert rows["qwen-image-2.1"]["commercial"] is False
     shown = qit("models", "show", "qwen-image-2.1-turbo")
     assert "NOT for commercial use" in shown.out
+    assert "Editing is not in this version yet" in " ".join(shown.out.split())
     assert qit("models", "show", "qwen-image", "--json").json["sampling"]["steps"] == 50
 
 
@@ -176,7 +177,8 @@ BAD = [
     (["generate", "  "], "The prompt is empty"),
     (["generate", "x", "--model", "qwen-imgae"], "Did you mean 'qwen-image'?"),
     (["generate", "x", "--model", "qwen-image"], "is not on this computer"),
-    (["generate", "x", "--model", "qwen-image-2.1"], "can't run yet"),
+    (["generate", "x", "--model", "qwen-image-edit"], "can't run yet"),
+    (["generate", "x", "--model", "qwen-image-2.1"], "is not on this computer"),
     (["generate", "x", "--model", "/no/folder"], "does not exist"),
     (["generate", "x", "--ratio", "16:10"], "The nearest is 3:2"),
     (["generate", "x", "--resolution", "Huge"], "Choose one of Small"),

@@ -1,6 +1,8 @@
 """Our loop gives the bits of diffusers' QwenImage21Pipeline. This test never leaves the project."""
 
 import itertools
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ from PIL import Image
 import tiny
 from qwen_image_tool import gallery
 from qwen_image_tool.catalog import load_catalog
-from qwen_image_tool.engine import vae
+from qwen_image_tool.engine import vae, weights
 from qwen_image_tool.engine.engine import Engine
+from qwen_image_tool.engine.families.qwen_image_21 import Forward, Transformer
 from qwen_image_tool.errors import ModelUnsupported, PromptTooLong
 from qwen_image_tool.store import locate
 from qwen_image_tool.types import PhaseNeed, Placement, Plan, Request, Size
@@ -231,12 +234,36 @@ def test_a_prompt_beyond_the_positions_is_refused(
     assert ours.draw(request.model_copy(update={"truncate": True}))
 
 
+@pytest.mark.parametrize("placements", [RESIDENT, DISK], ids=["resident", "disk"])
+def test_nothing_waits_for_the_device_in_the_loop(
+    folder: Path, placements: tuple[Placement, Placement], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No tensor is read back, and the prefixes stay where they are."""
+    model = Transformer(
+        folder / "transformer", placements[0], torch.device("cpu"), torch.float32, weights.read
+    )
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a tensor was read back")
+
+    with torch.inference_mode():
+        forward = Forward(model, torch.tensor([900.0, 500.0, 20.0]), (4, 6))
+        conditions = [forward.condition(torch.randn(1, length, 32)) for length in (5, 9)]
+        latents = torch.randn(2, 24, 64)
+        addresses = [cache.get()[0].data_ptr() for c in conditions for cache in c.caches]
+        with monkeypatch.context() as patched:
+            for name in ("tolist", "item", "nonzero", "cpu", "__bool__", "__int__", "__float__"):
+                patched.setattr(torch.Tensor, name, refuse)
+            for step in range(3):
+                forward(latents, step, conditions)
+    assert len(set(addresses)) == 2 * BLOCKS
+    assert addresses == [cache.get()[0].data_ptr() for c in conditions for cache in c.caches]
+    model.close()
+
+
 def test_text_that_depends_on_the_timestep_is_refused(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import json
-    import shutil
-
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     config = copy / "transformer" / "config.json"
     values = json.loads(config.read_text(encoding="utf-8")) | {"causal_condition": False}

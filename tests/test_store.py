@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import QwenImageTransformer2DModel
+from diffusers import QwenImage21Transformer2DModel, QwenImageTransformer2DModel
+from transformers import Qwen3VLTextConfig
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextDecoderLayer
 
 import tiny
 from qwen_image_tool.catalog import load_catalog
 from qwen_image_tool.errors import BadRequest, ModelMissing, ModelUnsupported
-from qwen_image_tool.store import locate
+from qwen_image_tool.store import blocks_of, expect, locate, text_layers_of
 
 CATALOG = load_catalog()
 
@@ -118,3 +120,66 @@ def test_what_is_not_there_is_said(reference: str, message: str, tmp_path: Path)
     with pytest.raises(BadRequest) as caught:
         locate(reference, CATALOG, tmp_path)
     assert message in str(caught.value)
+
+
+# Qwen-Image-2.1
+
+
+@pytest.fixture(scope="module")
+def whole_21(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_21(tmp_path_factory.mktemp("models") / "tiny-2.1")
+
+
+@pytest.fixture
+def folder_21(whole_21: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole_21, tmp_path / "tiny-2.1"))
+
+
+def test_a_local_2_1_folder_takes_the_2_1_settings(folder_21: Path, tmp_path: Path) -> None:
+    found = locate(str(folder_21), CATALOG, tmp_path)
+    row = CATALOG.find("qwen-image-2.1")
+    assert found.model.family == "qwen-image-2.1"
+    assert found.model.sampling == row.sampling
+    assert found.model.sizes.multiple == 32
+    assert found.model.decode_bytes_per_pixel == row.decode_bytes_per_pixel * 8 // 144
+    assert (found.blocks.count, found.text_layers.count) == (4, 3)
+    assert found.bytes["processor"] == 0
+    in_blocks = found.blocks.count * found.blocks.bytes
+    assert 0.5 * found.bytes["transformer"] < in_blocks < found.bytes["transformer"]
+
+
+def test_a_turbo_takes_the_schedule_of_its_folder(folder_21: Path, tmp_path: Path) -> None:
+    set_in(folder_21 / "model_index.json", sample_sigmas=[1.0, 0.7, 0.2])
+    found = locate(str(folder_21), CATALOG, tmp_path).model
+    assert (found.sampling.steps, found.sampling.sigmas) == (3, (1.0, 0.7, 0.2))
+    assert found.scheduler == CATALOG.find("qwen-image-2.1-turbo").scheduler
+
+
+@pytest.mark.parametrize("sigmas", [[], [1.0, "0.5"], "fast", {"a": 1}])
+def test_a_broken_schedule_is_refused(folder_21: Path, tmp_path: Path, sigmas: object) -> None:
+    set_in(folder_21 / "model_index.json", sample_sigmas=sigmas)
+    with pytest.raises(ModelMissing, match="broken schedule"):
+        locate(str(folder_21), CATALOG, tmp_path)
+
+
+def test_a_processor_without_its_tokenizer_is_named(folder_21: Path, tmp_path: Path) -> None:
+    (folder_21 / "processor" / "tokenizer_config.json").unlink()
+    with pytest.raises(ModelMissing, match=r"processor.tokenizer_config.json is missing"):
+        locate(str(folder_21), CATALOG, tmp_path)
+
+
+def test_block_sizes_are_those_of_the_real_classes(folder_21: Path, tmp_path: Path) -> None:
+    """Counted on the meta device, at full size, and on a tiny model."""
+    with torch.device("meta"):
+        block = QwenImage21Transformer2DModel(num_layers=1).transformer_blocks[0]
+        published = Qwen3VLTextConfig(intermediate_size=12288, num_key_value_heads=8)
+        layer = Qwen3VLTextDecoderLayer(published, 0)
+    full = expect("qwen-image-2.1", CATALOG, tmp_path)
+    assert full.blocks == blocks_of({}, "qwen-image-2.1")
+    assert (full.blocks.count, full.text_layers.count) == (32, 36)
+    assert full.blocks.bytes == 2 * sum(p.numel() for p in block.parameters())
+    assert full.text_layers.bytes == 2 * sum(p.numel() for p in layer.parameters())
+    config = json.loads((folder_21 / "text_encoder" / "config.json").read_text(encoding="utf-8"))
+    tiny_layer = tiny.text_encoder_21(300).model.language_model.layers[0]
+    counted = text_layers_of(config, "qwen-image-2.1")
+    assert counted.bytes == 2 * sum(p.numel() for p in tiny_layer.parameters())

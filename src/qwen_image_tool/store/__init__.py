@@ -102,7 +102,7 @@ def inspect(folder: Path, model: Model) -> Installed:
             "Choose the folder of a text-to-image Qwen-Image model.",
         )
     return Installed(
-        model=_with_sigmas(model, index.get("sample_sigmas")),
+        model=_with_sigmas(model, index.get("sample_sigmas"), folder),
         folder=folder,
         bytes={name: _component_bytes(folder / name, name) for name in model.components},
         blocks=blocks_of(_read_json(folder / "transformer" / "config.json"), model.family),
@@ -156,10 +156,13 @@ def _unknown(reference: str, catalog: Catalog) -> BadRequest:
     return BadRequest(f"There is no model or folder {reference!r}.", hint)
 
 
-def _with_sigmas(model: Model, sigmas: Any) -> Model:
-    """The model with a schedule that its folder fixes, which is how diffusers reads a Turbo."""
-    if not sigmas:
+def _with_sigmas(model: Model, sigmas: Any, folder: Path) -> Model:
+    """The model with the schedule that its folder fixes, if it does: so diffusers knows a Turbo."""
+    if sigmas is None:
         return model
+    numbers = isinstance(sigmas, list) and all(isinstance(s, int | float) for s in sigmas)
+    if not numbers or not sigmas:
+        raise ModelMissing(f"{folder / 'model_index.json'} has a broken schedule.", _AGAIN)
     sampling = {"sigmas": tuple(sigmas), "steps": len(sigmas)}
     return model.model_copy(update={"sampling": model.sampling.model_copy(update=sampling)})
 
