@@ -5,6 +5,7 @@ image. Source: diffusers 0.42, pipelines/qwenimage21/pipeline_qwenimage21.py and
 models/transformers/transformer_qwenimage21.py.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,19 +136,12 @@ class Forward:
         """`embeddings`: [1, text tokens, text encoder's width]."""
         model = self._transformer.model
         text = model.txt_in(embeddings)
-        rows, columns = self._shape[1:]
-        is_image = torch.arange(text.shape[1] + rows * columns, device=text.device)
-        is_image = is_image >= text.shape[1]
+        length, tokens = text.shape[1], math.prod(self._shape)
+        is_image = torch.arange(length + tokens, device=text.device) >= length
         rotary = model.pos_embed([self._shape], is_image, device=text.device)
         config = model.config
-        memory = text.new_empty(
-            config.num_layers,
-            2,
-            1,
-            text.shape[1],
-            config.num_attention_heads,
-            config.attention_head_dim,
-        )
+        heads = config.num_attention_heads, config.attention_head_dim
+        memory = text.new_empty(config.num_layers, 2, 1, length, *heads)
         return Condition(text, rotary, is_image, [PrefixCache(block) for block in memory])
 
     def __call__(
