@@ -150,6 +150,26 @@ def test_a_run_with_little_ram_reads_from_disk_and_draws_the_same(qit: Any, mode
     assert qit(*common, "--ram", f"{need // 2}B").json["error"]["kind"] == "CannotRun"
 
 
+def test_a_known_prompt_needs_no_text_encoder(qit: Any, model: str, home: Path) -> None:
+    common = ["generate", "a cat", "-m", model, *QUICK, "--seed", "3"]
+    qit(*common)
+    assert len(list((home / "cache" / "embeddings").iterdir())) == 2
+    hidden = Path(model, "text_encoder", "model.safetensors")
+    stat = hidden.stat()
+    weights = hidden.read_bytes()
+    hidden.write_bytes(b"\0" * len(weights))  # would be refused if it were opened
+    os.utime(hidden, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    try:
+        assert qit(*common, "--out", "again").code == 0
+        assert qit("generate", "a dog", "-m", model, *QUICK).code == 2
+    finally:
+        hidden.write_bytes(weights)
+    first, again = pictures(), pictures(Path("again"))
+    assert np.array_equal(pixels(first[0]), pixels(again[0]))
+    assert qit("clear-cache").code == 0
+    assert not (home / "cache" / "embeddings").exists()
+
+
 def test_models(qit: Any) -> None:
     said = qit("models", "list")
     assert "qwen-image-2512" in said.out

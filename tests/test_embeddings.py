@@ -60,14 +60,6 @@ def test_the_least_recently_used_go_first(folder: Path) -> None:
     assert cache.get([9]) is not None
 
 
-def test_clear(folder: Path) -> None:
-    cache = EmbeddingCache(folder / "cache", ["a"])
-    cache.clear()
-    cache.put(IDS, VALUES)
-    cache.clear()
-    assert cache.get(IDS) is None
-
-
 def test_a_cache_that_cannot_be_written_is_no_error(folder: Path) -> None:
     (folder / "file").write_text("not a folder", encoding="utf-8")
     cache = EmbeddingCache(folder / "file", ["a"])

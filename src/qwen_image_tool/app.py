@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import secrets
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -110,7 +111,7 @@ class App:
         for reason in plan.reasons:
             emit(Notice(text=reason))
         if self._engine is None or self._engine.installed != installed:
-            self._engine = Engine(installed)
+            self._engine = Engine(installed, self._embeddings)
         images, seconds = self._engine.run(resolved, plan, emit, is_cancelled)
 
         emit(PhaseStarted(phase="save"))
@@ -128,6 +129,14 @@ class App:
         return Result(
             request=resolved, plan=plan, images=tuple(files), seconds=seconds, versions=versions
         )
+
+    def clear_cache(self) -> None:
+        """Forget the embeddings of known prompts: they are made again when needed."""
+        shutil.rmtree(self._embeddings, ignore_errors=True)
+
+    @property
+    def _embeddings(self) -> Path:
+        return self.settings.cache / "embeddings"
 
     def examine(self) -> tuple[doctor.Check, ...]:
         """Is this machine ready?"""

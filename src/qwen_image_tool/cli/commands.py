@@ -206,6 +206,12 @@ def doctor_command(as_json: Json = False) -> None:
     raise typer.Exit(1 if worst(checks) == "fail" else 0)
 
 
+@cli.command()
+def clear_cache() -> None:
+    """Forget the prompts that were read before; they are read again when needed."""
+    App(load_settings()).clear_cache()
+
+
 @models.command(name="list")
 def list_models(as_json: Json = False) -> None:
     """List the models of the family: what they do, their size and licence."""

@@ -43,11 +43,6 @@ class EmbeddingCache:
             Path(file.name).replace(self._path(ids))
             self._make_room()
 
-    def clear(self) -> None:
-        """Forget every prompt. Raises OSError."""
-        for path in self._entries():
-            path.unlink(missing_ok=True)
-
     def _path(self, ids: Sequence[int]) -> Path:
         words = f"{self._identity}\0{','.join(map(str, ids))}"
         return self._folder / f"{hashlib.sha256(words.encode()).hexdigest()}.safetensors"

@@ -6,9 +6,11 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import diffusers.utils.logging as diffusers_logging
 import torch
+import transformers
 import transformers.utils.logging as transformers_logging
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteScheduler,
@@ -18,6 +20,7 @@ from PIL import Image
 from qwen_image_tool import logs
 from qwen_image_tool.engine import text, vae, weights
 from qwen_image_tool.engine.denoise import denoise, noise, schedule
+from qwen_image_tool.engine.embeddings import EmbeddingCache, checkpoint_identity
 from qwen_image_tool.engine.families import FAMILIES
 from qwen_image_tool.errors import Cancelled, ModelMissing, OutOfMemory
 from qwen_image_tool.store import Installed
@@ -36,10 +39,14 @@ IsCancelled = Callable[[], bool]
 
 
 class Engine:
-    """A model on one device in one dtype; loaded at the first run and kept for the next."""
+    """A model on one device in one dtype; loaded at the first run and kept for the next.
 
-    def __init__(self, installed: Installed) -> None:
+    `cache`: folder for the embeddings of known prompts; None keeps none.
+    """
+
+    def __init__(self, installed: Installed, cache: Path | None = None) -> None:
         self.installed = installed
+        self._cache = cache
         self._parts: _Parts | None = None
 
     def run(
@@ -67,7 +74,9 @@ class Engine:
                 )
                 forward = family.Forward(parts.transformer, timesteps, grid)
                 prompts = [request.prompt, request.negative_prompt]
-                embeddings = parts.encode([p for p in prompts if p is not None], request.truncate)
+                embeddings = parts.encode(
+                    [p for p in prompts if p is not None], request.truncate, is_cancelled
+                )
                 conditions = [forward.condition(embedding) for embedding in embeddings]
 
             # 3. From noise to latents
@@ -105,14 +114,16 @@ class Engine:
     def _load(self, plan: Plan, is_cancelled: IsCancelled) -> "_Parts":
         if self._parts is None or not plan.loads_like(self._parts.plan):
             self.release()
-            self._parts = _Parts(self.installed, plan, is_cancelled)
+            self._parts = _Parts(self.installed, plan, self._cache, is_cancelled)
         return self._parts
 
 
 class _Parts:
-    """The components of a model, loaded."""
+    """The components of a model, loaded; the text encoder at the first prompt that isn't known."""
 
-    def __init__(self, installed: Installed, plan: Plan, is_cancelled: IsCancelled) -> None:
+    def __init__(
+        self, installed: Installed, plan: Plan, cache: Path | None, is_cancelled: IsCancelled
+    ) -> None:
         folder, self.plan = installed.folder, plan
         self.family = family = FAMILIES[installed.model.family]
         sampling = installed.model.sampling
@@ -127,13 +138,7 @@ class _Parts:
         try:
             self.tokenizer = text.Tokenizer(folder / family.TOKENIZER, family.wrap, family.SYSTEM)
             self.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
-            self.text_encoder = text.TextEncoder(
-                family.TEXT_MODEL,
-                family.TEXT_NORMED,
-                folder / "text_encoder",
-                plan.text_placement,
-                *place,
-            )
+            positions = text.positions(folder / "text_encoder")
             self.transformer = family.Transformer(folder / "transformer", plan.placement, *place)
             self.vae = (
                 family.VAE.from_pretrained(folder / "vae", dtype=self.dtype).to(self.device).eval()
@@ -149,8 +154,11 @@ class _Parts:
         self._prompt_limit = min(
             sampling.max_prompt_tokens or family.TEXT_POSITIONS,
             family.TEXT_POSITIONS,
-            self.text_encoder.positions - self.tokenizer.dropped,
+            positions - self.tokenizer.dropped,
         )
+        self._text_folder = folder / "text_encoder"
+        self._text_encoder: text.TextEncoder | None = None
+        self._known = cache and self._embedding_cache(cache, installed.model.family)
 
     def token_grid(self, size: Size) -> tuple[int, int]:
         """Rows and columns of image tokens."""
@@ -163,15 +171,45 @@ class _Parts:
         channels = self.transformer.model.config.in_channels // patch**2
         return channels, grid[0] * patch, grid[1] * patch
 
-    def encode(self, prompts: list[str], truncate: bool) -> list[torch.Tensor]:
+    def encode(
+        self, prompts: list[str], truncate: bool, is_cancelled: IsCancelled
+    ) -> list[torch.Tensor]:
         """Each prompt's embeddings, [1, tokens, width]."""
         ids = [self.tokenizer(prompt, self._prompt_limit, truncate) for prompt in prompts]
-        hidden = self.text_encoder.encode(ids)
+        known = [self._known.get(each) if self._known else None for each in ids]
+        new = [each for each, states in zip(ids, known, strict=True) if states is None]
+        made = iter(self._read_prompts(new, is_cancelled) if new else ())
+        hidden = [next(made) if states is None else states.to(self.device) for states in known]
         return [states[:, self.tokenizer.dropped :] for states in hidden]
 
     def close(self) -> None:
-        self.text_encoder.close()
+        if self._text_encoder:
+            self._text_encoder.close()
         self.transformer.close()
+
+    def _read_prompts(
+        self, prompts: list[list[int]], is_cancelled: IsCancelled
+    ) -> list[torch.Tensor]:
+        if self._text_encoder is None:
+            self._text_encoder = text.TextEncoder(
+                self.family.TEXT_MODEL,
+                self.family.TEXT_NORMED,
+                self._text_folder,
+                self.plan.text_placement,
+                self.device,
+                self.dtype,
+                functools.partial(weights.read, is_cancelled=is_cancelled),
+            )
+        hidden = self._text_encoder.encode(prompts)
+        for ids, states in zip(prompts, hidden, strict=True):
+            if self._known:
+                self._known.put(ids, states)
+        return hidden
+
+    def _embedding_cache(self, folder: Path, family: str) -> EmbeddingCache:
+        libraries = [torch.__version__, transformers.__version__]
+        identity = [family, str(self.device), str(self.dtype), *libraries]
+        return EmbeddingCache(folder, identity + checkpoint_identity(self._text_folder))
 
 
 class _Watch:

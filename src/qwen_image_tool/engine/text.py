@@ -49,6 +49,11 @@ class Tokenizer:
         return ids
 
 
+def positions(folder: Path) -> int:
+    """How many tokens the text encoder in `folder` has positions for."""
+    return int(AutoConfig.from_pretrained(folder).get_text_config().max_position_embeddings)
+
+
 class TextEncoder:
     """A language model of transformers' class `kind` on `device` in `dtype`, its layers placed by a
     plan. `normed`: its last hidden states go through its final norm.
@@ -107,11 +112,6 @@ class TextEncoder:
                 for state, turns in zip(states, rotary, strict=True)
             ]
         return [self._model.norm(state) for state in states] if self._normed else states
-
-    @property
-    def positions(self) -> int:
-        """How many tokens the model has positions for."""
-        return int(self._model.config.max_position_embeddings)
 
     def close(self) -> None:
         """End the copies that run ahead."""
