@@ -163,8 +163,9 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _entry(entry: Any, start: int, path: Path) -> Stored:
     fields = entry if isinstance(entry, dict) else {}
-    dtype, shape, offsets = (fields.get(name) for name in ("dtype", "shape", "data_offsets"))
-    if not (isinstance(dtype, str) and dtype in BITS and _naturals(shape) and _naturals(offsets)):
+    dtype = fields.get("dtype")
+    shape, offsets = _naturals(fields.get("shape")), _naturals(fields.get("data_offsets"))
+    if not isinstance(dtype, str) or dtype not in BITS or shape is None or offsets is None:
         _broken("header", path, "describes a tensor in a way that safetensors does not")
     if len(offsets) != 2 or len(shape) > MAX_DIMENSIONS:
         _broken("header", path, "describes a tensor in a way that safetensors does not")
@@ -174,8 +175,9 @@ def _entry(entry: Any, start: int, path: Path) -> Stored:
     return Stored(dtype, tuple(shape), start + begin, end - begin)
 
 
-def _naturals(values: Any) -> bool:
-    return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**62 for v in values)
+def _naturals(values: Any) -> list[int] | None:
+    good = isinstance(values, list) and all(type(v) is int and 0 <= v < 2**62 for v in values)
+    return values if good else None
 
 
 def _product(shape: list[int], path: Path) -> int:
