@@ -1,6 +1,6 @@
 """A local model hub with faults: the parts of huggingface.co that the real client uses.
 
-Small files come from the hub itself; weights by redirect from a second server, as from the real CDN.
+Small files come from the hub itself; weights by redirect from a second server, as from its CDN.
 """
 
 import hashlib
@@ -9,7 +9,7 @@ import ssl
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -44,7 +44,7 @@ class Seen:
 
 @dataclass
 class LocalHub:
-    """`requests`: what came; `sent`: bytes of each file that left; `faults`: what is to go wrong."""
+    """`requests`: what came; `sent`: bytes of each file that left; `faults`: what goes wrong."""
 
     repos: dict[str, dict[str, bytes]] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
@@ -53,6 +53,7 @@ class LocalHub:
     bytes_per_second: float = 0
     ignore_range: bool = False
     gated: bool = False
+    listing: bytes = b""  # answers every question for a list, where given
     endpoint: str = ""
     cdn: str = ""
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -86,7 +87,7 @@ class _Handler(BaseHTTPRequestHandler):
     hub: LocalHub
     is_cdn = False
 
-    def log_message(self, format: str, *args: object) -> None:
+    def log_message(self, *args: object) -> None:
         pass
 
     def do_GET(self) -> None:
@@ -133,6 +134,8 @@ class _Handler(BaseHTTPRequestHandler):
         return True
 
     def _list(self, path: str, query: dict[str, list[str]]) -> None:
+        if self.hub.listing:
+            return self._say(200, self.hub.listing, {"Content-Type": "application/json"})
         repo, _, revision = path.removeprefix("/api/models/").partition("/revision/")
         if self.hub.gated and not self.headers.get("Authorization"):
             return self._say(401, b"{}", {"X-Error-Code": "GatedRepo"})
@@ -197,7 +200,7 @@ class _Handler(BaseHTTPRequestHandler):
                 time.sleep(len(piece) / self.hub.bytes_per_second)
         if fault and fault.kind == "stall":
             time.sleep(2)
-        if fault and fault.kind in ("cut", "stall") or (fault and fault.kind.startswith("length")):
+        if fault and fault.kind.startswith(("cut", "stall", "length")):
             self.close_connection = True
 
     def _say(self, status: int, body: bytes, headers: dict[str, str]) -> None:
@@ -217,6 +220,17 @@ class _Server(ThreadingHTTPServer):
         pass
 
 
+def download(endpoint: str, models: str) -> None:
+    """What a child process does that is going to be killed; it imports no torch."""
+    from qwen_image_tool.catalog import load_catalog
+    from qwen_image_tool.store.hub import Hub
+    from qwen_image_tool.store.library import Library
+
+    catalog = load_catalog()
+    library = Library(catalog, Path(models), lambda: Hub(endpoint, local=True))
+    library.download(catalog.find("qwen-image"))
+
+
 @contextmanager
 def serve(certificate: Path | None = None) -> Iterator[LocalHub]:
     """A running hub on 127.0.0.1; over https where a certificate (with its key) is given."""
@@ -230,8 +244,7 @@ def serve(certificate: Path | None = None) -> Iterator[LocalHub]:
             context.load_cert_chain(certificate)
             server.socket = context.wrap_socket(server.socket, server_side=True)
         servers.append(server)
-        run: Callable[[], None] = lambda server=server: server.serve_forever(0.05)  # noqa: E731
-        threading.Thread(target=run, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     scheme = "https" if certificate else "http"
     hub.endpoint, hub.cdn = (f"{scheme}://127.0.0.1:{s.server_port}" for s in servers)
     try:

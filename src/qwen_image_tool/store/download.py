@@ -278,7 +278,9 @@ class _File:
         asked = error.retry_after if isinstance(error, Transient) else 0.0
         first, longest = self._effort.first_wait, self._effort.longest_wait
         state.attempt_number = max(self._fruitless, 1)
-        return max(asked, wait_exponential_jitter(first, longest, jitter=first)(state))
+        return max(
+            asked, wait_exponential_jitter(multiplier=first, max=longest, jitter=first)(state)
+        )
 
     def _give_up(self, state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None

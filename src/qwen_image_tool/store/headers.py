@@ -91,7 +91,8 @@ def read_header(path: Path) -> Header:
             file.seek(0)
             if start.startswith(b"GGUF"):
                 return _gguf(_Bounded(file, path, size))
-            _known_impostors(start, path)
+            if start[8:9] != b"{":
+                _known_impostors(start, path)
             return _safetensors(file, path, size)
     except FileNotFoundError:
         raise ModelBroken("missing", f"The file {path} is missing.", AGAIN) from None

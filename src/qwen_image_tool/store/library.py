@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -20,7 +21,6 @@ from qwen_image_tool.errors import (
     Cancelled,
     DownloadFailed,
     LicenceNotAccepted,
-    ModelBroken,
     ModelMissing,
 )
 from qwen_image_tool.store import verify
@@ -44,9 +44,10 @@ from qwen_image_tool.types import Event, Notice, Value
 TEXTS = (".json", ".txt", ".jinja", ".model")
 MAX_LICENCE = 1 << 20  # bytes
 PAUSE_POLL = 0.3  # seconds
-LISTING_TRIES = 5
+TRIES = 5
 
 Emit = Callable[[Event], None]
+Answer = TypeVar("Answer")
 
 
 class Accepted(Value):
@@ -290,9 +291,10 @@ class Library:
                 f"The hashes of {folder} are not known: its files were put there by hand.",
                 f"`qit models download {model.id}` proves them, and fetches only what is wrong.",
             )
-        quick = verify.quick(folder, record, model.components)
         faults = {fault.path: fault for fault in verify.full(folder, record, emit, is_cancelled)}
-        return tuple(({fault.path: fault for fault in quick} | faults).values())
+        for fault in verify.quick(folder, record, model.components):
+            faults[fault.path] = fault  # it names the damage closer than a wrong hash does
+        return tuple(faults.values())
 
     def repair(
         self,
@@ -438,8 +440,8 @@ def _only(variant: Variant | None, file: Kept) -> bool:
     return variant is not None or file.is_weights or file.path.endswith(".index.json")
 
 
-def _list(hub: Hub, repo: str, revision: str = "") -> Listing:
-    """A listing, with a few tries. Raises DownloadFailed."""
+def _insist(ask: Callable[[], Answer], what: str) -> Answer:
+    """The answer to a short question, after a few tries. Raises DownloadFailed."""
     from tenacity import (
         Retrying,
         retry_if_exception_type,
@@ -449,29 +451,31 @@ def _list(hub: Hub, repo: str, revision: str = "") -> Listing:
 
     tries = Retrying(
         retry=retry_if_exception_type(Transient),
-        stop=stop_after_attempt(LISTING_TRIES),
+        stop=stop_after_attempt(TRIES),
         wait=wait_random_exponential(0.2, 10),
         reraise=True,
     )
     try:
-        return tries(hub.list, repo, revision)
+        return tries(ask)
     except Transient as error:
         raise DownloadFailed(
             error.kind,
-            f"The files of {repo} can't be listed: {error}.",
+            f"{what} can't be read: {error}.",
             "Check the connection. Where huggingface.co can't be reached, set HF_ENDPOINT to a"
             " mirror, or source = 'modelscope' in the config file.",
         ) from error
 
 
+def _list(hub: Hub, repo: str, revision: str = "") -> Listing:
+    return _insist(lambda: hub.list(repo, revision), f"The list of files of {repo}")
+
+
 def _small_text(hub: Hub, listing: Listing, file: RemoteFile) -> str:
-    try:
+    def read() -> str:
         with hub.open(listing.repo, listing.revision, file) as body:
             return b"".join(body.chunks).decode(errors="replace")
-    except Transient as error:
-        raise DownloadFailed(
-            error.kind, f"{file.path} can't be read: {error}.", "Try again."
-        ) from error
+
+    return _insist(read, file.path)
 
 
 def _model_files(model: Model, listing: Listing, bare: bool) -> list[Kept]:
@@ -596,9 +600,3 @@ def _pausable(folder: Path, control: Control) -> Iterator[None]:
         done.set()
         watcher.join()
         sign.unlink(missing_ok=True)
-
-
-def first_fault(faults: tuple[Fault, ...], model: Model) -> None:
-    """Raises ModelBroken for the first of `faults`."""
-    for fault in faults:
-        raise ModelBroken(fault.kind, fault.message, f"`qit models repair {model.id}` mends it.")

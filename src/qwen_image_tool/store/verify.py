@@ -35,6 +35,8 @@ def quick(folder: Path, record: Record | None, components: Iterable[str]) -> tup
     for name in components:
         if (folder / name).is_dir():
             for fault in check_component(folder / name, f"{name}/"):
+                if fault.kind == "swapped":  # says more than that the size is another
+                    faults[fault.path] = fault
                 faults.setdefault(fault.path, fault)
     return tuple(faults.values())
 
