@@ -3,6 +3,7 @@
 Small files come from the hub itself; weights by redirect from a second server, as from its CDN.
 """
 
+import functools
 import hashlib
 import json
 import ssl
@@ -16,7 +17,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
-PIECE = 16 << 10
+
+@functools.cache
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def git_sha1(data: bytes) -> str:
@@ -51,6 +55,7 @@ class LocalHub:
     requests: list[Seen] = field(default_factory=list)
     sent: Counter[str] = field(default_factory=Counter)
     bytes_per_second: float = 0
+    piece: int = 16 << 10  # bytes sent at once
     ignore_range: bool = False
     gated: bool = False
     listing: bytes = b""  # answers every question for a list, where given
@@ -148,7 +153,7 @@ class _Handler(BaseHTTPRequestHandler):
         for name, data in self.hub.repos[repo].items():
             entry = {"rfilename": name, "size": len(data), "blobId": git_sha1(data)}
             if is_lfs(name):
-                digest = hashlib.sha256(data).hexdigest()
+                digest = sha256(data)
                 entry["lfs"] = {"sha256": digest, "size": len(data), "pointerSize": 135}
             siblings.append(entry)
         body = {"id": repo, "modelId": repo, "sha": commit, "siblings": siblings, "tags": []}
@@ -161,7 +166,7 @@ class _Handler(BaseHTTPRequestHandler):
         data = self.hub.repos.get(repo, {}).get(name)
         if data is None:
             return self._say(404, b"", {"X-Error-Code": "EntryNotFound"})
-        etag = hashlib.sha256(data).hexdigest() if is_lfs(name) else git_sha1(data)
+        etag = sha256(data) if is_lfs(name) else git_sha1(data)
         if fault and fault.kind == "etag":
             etag = hashlib.sha256(b"another file").hexdigest()
         if is_lfs(name) and not self.is_cdn:
@@ -191,8 +196,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, name: str, body: bytes, fault: Fault | None) -> None:
         stop = fault.at if fault and fault.kind in ("cut", "stall") else len(body)
-        for at in range(0, min(stop, len(body)), PIECE):
-            piece = body[at : min(at + PIECE, stop)]
+        for at in range(0, min(stop, len(body)), self.hub.piece):
+            piece = body[at : min(at + self.hub.piece, stop)]
             self.wfile.write(piece)
             with self.hub.lock:
                 self.hub.sent[name] += len(piece)
