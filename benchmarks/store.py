@@ -1,6 +1,7 @@
 """What the store must show: python benchmarks/store.py [--quick].
 
-A table goes to stderr, JSON to stdout; the exit code is 1 where a limit is missed. Needs about 3 GB of disk for the hash and download measurements (0.4 GB with --quick).
+A table goes to stderr, JSON to stdout; the exit code is 1 where a limit is missed.
+Needs about 4 GB of disk for the hash and download measurements (0.7 GB with --quick).
 """
 
 import argparse
@@ -155,7 +156,8 @@ def run_hub(size: int, pipe: Connection) -> None:
         for data in files.values():
             sha256(data)
         pipe.send((hub.endpoint, hub.cdn, {name: len(data) for name, data in files.items()}))
-        pipe.recv()
+        while rate := pipe.recv():  # bytes a second of all connections; 0 ends it
+            hub.bytes_per_second = rate / 3
 
 
 def plain_fetch(cdn: str, names: Iterable[str], folder: Path) -> float:
@@ -180,26 +182,44 @@ def plain_fetch(cdn: str, names: Iterable[str], folder: Path) -> float:
 
 def download(folder: Path, size: int) -> dict[str, Any]:
     folder.mkdir()
-    ours, plain = 1e9, 1e9
     here, there = multiprocessing.Pipe()
-    server = multiprocessing.get_context("spawn").Process(target=run_hub, args=(size, there))
+    spawn = multiprocessing.get_context("spawn")
+    server = spawn.Process(target=run_hub, args=(size, there), daemon=True)
     server.start()
     endpoint, cdn, files = here.recv()
     library = Library(load_catalog(), folder / "models", lambda: Hub(endpoint, local=True))
-    for _ in range(3):  # in turns: other programs disturb both alike
+    report: dict[str, Any] = {}
+    for name, rate in (("loopback", 1e12), ("gigabit", 125e6)):
+        here.send(rate)
+        report |= race(library, cdn, files, folder, name)
+    here.send(0)
+    server.join()
+    return report
+
+
+def race(
+    library: Library, cdn: str, files: dict[str, int], folder: Path, name: str
+) -> dict[str, Any]:
+    """Ours against the plain fetch, in turns: other programs disturb both alike."""
+    ours = plain = proven = 1e9
+    for _ in range(3):
         started = time.perf_counter()
         library.download(MODEL)
         ours = min(ours, time.perf_counter() - started)
         library.remove(MODEL)
+        started = time.perf_counter()
         plain = min(plain, plain_fetch(cdn, files, folder / "plain"))
+        for path in (folder / "plain").iterdir():
+            with path.open("rb", buffering=0) as stream:
+                hashlib.file_digest(stream, "sha256")
+        proven = min(proven, time.perf_counter() - started)
         shutil.rmtree(folder / "plain")
-    here.send("enough")
-    server.join()
     total = sum(files.values())
     return {
-        "download_megabytes_per_second": round(total / ours / 1e6),
-        "plain_megabytes_per_second": round(total / plain / 1e6),
-        "download_ratio": round(plain / ours, 3),
+        f"{name}_megabytes_per_second": round(total / ours / 1e6),
+        f"{name}_plain_megabytes_per_second": round(total / plain / 1e6),
+        f"{name}_ratio": round(plain / ours, 3),
+        f"{name}_ratio_to_fetch_then_hash": round(proven / ours, 3),
     }
 
 
@@ -224,7 +244,7 @@ def main() -> int:
     report["passed"] = (
         report["quick_seconds"] < LIMITS["quick_seconds"]
         and report["full_ratio"] >= LIMITS["full_ratio"]
-        and report["download_ratio"] >= LIMITS["download_ratio"]
+        and report["loopback_ratio"] >= LIMITS["download_ratio"]
     )
     print(json.dumps(report))
     return 0 if report["passed"] else 1
