@@ -60,11 +60,11 @@ def full_layout(folder: Path) -> Record:
     }
     for component, (count, tensors, total) in plan.items():
         (folder / component).mkdir(parents=True)
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for index in range(count):
             name = f"model-{index + 1:05}-of-{count:05}.safetensors"
             each = tensors // count
-            shapes = {
+            shapes: dict[str, tuple[int, ...]] = {
                 f"{component}.block.{index}.{i}.weight": (int(total / count / each / 2),)
                 for i in range(each)
             }
