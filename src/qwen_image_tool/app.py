@@ -1,6 +1,7 @@
 """Composition root: the only place that puts the parts together. Faces call this."""
 
 import importlib.metadata
+import os
 import secrets
 import shutil
 import time
@@ -10,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_image_tool import __version__, device, doctor, gallery, planner, store
 from qwen_image_tool.catalog import Model, load_catalog
-from qwen_image_tool.errors import ToolError
+from qwen_image_tool.errors import BadRequest, CannotRun, ToolError
 from qwen_image_tool.settings import Settings
+from qwen_image_tool.store.library import Library
+from qwen_image_tool.store.places import Elsewhere, hugging_face_cache, other_programs
 from qwen_image_tool.types import (
     Device,
     Event,
@@ -23,12 +26,25 @@ from qwen_image_tool.types import (
     Result,
     Saved,
     Size,
+    Value,
 )
 
 if TYPE_CHECKING:
     from qwen_image_tool.engine.engine import Engine
+    from qwen_image_tool.store.hub import Hub
 
 SEEDS = 2**32  # random seeds stay short enough to read out
+
+
+class Advice(Value):
+    """A variant of a model for one machine. `to_fetch`: bytes a download would take."""
+
+    model: str
+    variant: str
+    released: str
+    runs: bool
+    reason: str
+    to_fetch: int
 
 
 def never() -> bool:
@@ -42,6 +58,18 @@ class App:
         self.settings = settings
         self.catalog = load_catalog()
         self._engine: Engine | None = None
+        named = settings.other_models.split(os.pathsep) if settings.other_models else ()
+        folders = (*other_programs(), *(Path(name).expanduser() for name in named))
+        self.elsewhere = Elsewhere(hugging_face_cache(), folders)
+        self.library = Library(self.catalog, settings.models, self._hub, self.elsewhere)
+
+    def _hub(self) -> "Hub":
+        from qwen_image_tool.store.hub import connect
+
+        return connect(self.settings.source, self.settings.local_hub)
+
+    def _locate(self, reference: str) -> store.Installed:
+        return store.locate(reference, self.catalog, self.settings.models, self.elsewhere)
 
     def resolve(self, request: Request, installed: store.Installed) -> Request:
         """The request with every choice filled in. Raises BadRequest."""
@@ -50,13 +78,13 @@ class App:
     def model(self, reference: str) -> Model:
         """The catalogue's row of an id, or the one made for a local folder. Raises BadRequest."""
         known = self.catalog.get(reference)
-        return known or store.locate(reference, self.catalog, self.settings.models).model
+        return known or self._locate(reference).model
 
     def describe(self, model: Model) -> dict[str, Any]:
         """One line of a model list. `state`: "ready", "not here" or "not yet"."""
         state, why = "ready", ""
         try:
-            store.locate(model.id, self.catalog, self.settings.models)
+            self._locate(model.id)
         except ToolError as error:
             state = "not yet" if model.unsupported else "not here"
             why = str(error)
@@ -68,6 +96,7 @@ class App:
             "bytes": model.weight_bytes,
             "licence": model.licence,
             "commercial": licence.commercial,
+            "to_fetch": 0 if state == "ready" else self.library.to_fetch(model),
             "state": state,
             "why": why,
         }
@@ -77,10 +106,54 @@ class App:
 
         A model of the catalogue need not be on disk.
         """
-        installed = store.expect(request.model, self.catalog, self.settings.models)
+        installed = store.expect(request.model, self.catalog, self.settings.models, self.elsewhere)
         resolved = self.resolve(request, installed)
         where = on or device.probe(device.probe_in_child())
         return resolved, planner.plan(resolved, installed, where)
+
+    def recommend(self, on: Device | None = None) -> tuple["Advice", ...]:
+        """For every model this version runs, its best variant on this machine (or `on` another),
+        the planner's reason and what getting it takes; the best model first."""
+        where = on or device.probe(device.probe_in_child())
+        advice = [
+            self._advise(model, where)
+            for model in self.catalog.models
+            if model.repo and not model.unsupported
+        ]
+        return tuple(sorted(advice, key=lambda a: (not a.runs, -int(a.released.replace("-", "")))))
+
+    def _advise(self, model: Model, where: Device) -> "Advice":
+        """The largest variant that can run is the best: it is nearest to what was published."""
+        why = ""
+        choices = [("bf16", model.components["transformer"].bytes)]
+        choices += [(v.id, v.bytes) for v in model.variants if not v.unsupported]
+        for name, size in sorted(choices, key=lambda choice: -choice[1]):
+            imagined = store.as_published(model, transformer_bytes=size)
+            request = model.resolve(Request(model=model.id, prompt="a prompt"), seed=0)
+            try:
+                found = planner.plan(request, imagined, where)
+            except CannotRun as error:
+                why = why or str(error)
+                continue
+            return self._advice(model, name, runs=True, reason=found.reasons[0])
+        return self._advice(model, "bf16", runs=False, reason=why)
+
+    def _advice(self, model: Model, variant: str, runs: bool, reason: str) -> "Advice":
+        return Advice(
+            model=model.id,
+            variant=variant,
+            released=model.released,
+            runs=runs,
+            reason=reason,
+            to_fetch=0 if self._is_ready(model) else self.library.to_fetch(model, variant),
+        )
+
+    def _is_ready(self, model: Model) -> bool:
+        try:
+            self._locate(model.id)
+        except BadRequest:
+            return False
+        return True
 
     def generate(
         self,
@@ -96,7 +169,7 @@ class App:
         `ram_bytes`, `vram_bytes`: use no more of the free memory than this. Raises ToolError. A
         picture that was saved is whole and stays.
         """
-        installed = store.locate(request.model, self.catalog, self.settings.models)
+        installed = self._locate(request.model)
         resolved = self.resolve(request, installed)
         folder = output or self.settings.output
         created = gallery.check_output(folder, planner.disk_bytes(resolved))

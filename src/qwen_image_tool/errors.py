@@ -3,6 +3,8 @@
 Faces turn them into text; `exit_code` is what the command line ends with.
 """
 
+from typing import Literal
+
 
 class ToolError(Exception):
     """Base of all errors that are meant for people. `str()` says what happened and what to do."""
@@ -54,5 +56,66 @@ class OutOfMemory(ToolError):
 
 class Cancelled(ToolError):
     """The user stopped the run; nothing was written."""
+
+    exit_code = 130
+
+
+FaultKind = Literal[
+    "missing",
+    "interrupted",
+    "truncated",
+    "too long",
+    "zero-filled",
+    "web page",
+    "pointer",
+    "header",
+    "index",
+    "swapped",
+    "changed",
+    "unreadable",
+]
+
+
+class ModelBroken(ModelMissing):
+    """A file of the model is not what was published; `kind` names how."""
+
+    def __init__(self, kind: FaultKind, message: str, hint: str = "") -> None:
+        super().__init__(message, hint)
+        self.kind: FaultKind = kind
+
+
+class LicenceNotAccepted(BadRequest):
+    """The model's licence limits its use, and the user has not accepted it yet."""
+
+
+FailureKind = Literal[
+    "network",
+    "stalled",
+    "server",
+    "busy",
+    "tls",
+    "redirect",
+    "not found",
+    "no access",
+    "changed",
+    "hash",
+    "web page",
+    "disk full",
+    "not writable",
+    "locked",
+    "bad name",
+]
+
+
+class DownloadFailed(ToolError):
+    """A download that can't go on by itself; `kind` is its category. What came stays on disk."""
+
+    def __init__(self, kind: FailureKind, message: str, hint: str = "") -> None:
+        super().__init__(message, hint)
+        self.kind: FailureKind = kind
+
+
+class Paused(ToolError):
+    """The user paused a download; the next one goes on where it stopped."""
 
     exit_code = 130

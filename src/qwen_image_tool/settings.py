@@ -7,7 +7,7 @@ QIT_HOME puts everything but the pictures under one folder; tests always set it.
 import os
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import platformdirs
 from pydantic import Field, ValidationError
@@ -56,7 +56,7 @@ class _ConfigFile(TomlConfigSettingsSource):
 
 
 class Settings(BaseSettings):
-    """Folders, as given by the user: a relative one counts from the current folder."""
+    """As given by the user; a relative folder counts from the current one."""
 
     model_config = SettingsConfigDict(
         env_prefix=ENV_PREFIX, env_ignore_empty=True, frozen=True, extra="forbid"
@@ -66,6 +66,16 @@ class Settings(BaseSettings):
     models: Path = Field(default_factory=_models, description="Folder that holds the models")
     cache: Path = Field(default_factory=_cache, description="Folder for what can be made again")
     logs: Path = Field(default_factory=_logs, description="Folder of the log files")
+    other_models: str = Field(
+        default="",
+        description="More folders to look for models in, read-only, separated like PATH",
+    )
+    source: Literal["huggingface", "modelscope"] = Field(
+        default="huggingface", description="Where models are fetched from"
+    )
+    local_hub: bool = Field(
+        default=False, description="For tests: the hub may be plain http on a private address"
+    )
 
     @classmethod
     def settings_customise_sources(
@@ -86,7 +96,7 @@ def load_settings() -> Settings:
     """
     try:
         settings = Settings()
-        folders = {name: folder.expanduser() for name, folder in settings}
+        folders = {name: value.expanduser() for name, value in settings if isinstance(value, Path)}
     except ValidationError as error:
         raise _broken_setting(error) from error
     except ValueError as error:  # not TOML, or not UTF-8

@@ -244,7 +244,33 @@ class Notice(_Event):
     text: str
 
 
-Event = Annotated[PhaseStarted | Stepped | Saved | Notice, Field(discriminator="kind")]
+class DownloadProgress(_Event):
+    """A download's state: bytes that are on disk and bytes in all, bytes a second over the last
+    seconds (0: none yet), seconds left (None: not known)."""
+
+    kind: Literal["download"] = "download"
+    model: str
+    done_bytes: int
+    total_bytes: int
+    bytes_per_second: float = 0
+    seconds_left: float | None = None
+    file: str = ""
+
+
+class VerifyProgress(_Event):
+    """Hashing: bytes read of bytes in all."""
+
+    kind: Literal["verify"] = "verify"
+    model: str
+    done_bytes: int
+    total_bytes: int
+    file: str = ""
+
+
+Event = Annotated[
+    PhaseStarted | Stepped | Saved | Notice | DownloadProgress | VerifyProgress,
+    Field(discriminator="kind"),
+]
 event_adapter: TypeAdapter[Event] = TypeAdapter(Event)
 
 

@@ -92,6 +92,16 @@ class Scheduler(Value):
     num_train_timesteps: int
 
 
+class Variant(Value):
+    """The transformer of a model in other storage: one file of another repository."""
+
+    id: str = Field(description="bf16, fp8, or a GGUF quantisation such as Q4_K_M")
+    repo: str
+    file: str
+    bytes: int = Field(description="As published, to the digits that are known")
+    unsupported: str = Field(default="", description="Why this version can't run it, if so")
+
+
 class Model(Value):
     """One row of the catalogue."""
 
@@ -110,6 +120,28 @@ class Model(Value):
     scheduler: Scheduler
     decode_bytes_per_pixel: int = Field(description="Working memory of the VAE, bfloat16")
     note: str = ""
+    revision: str = Field(
+        default="", description="Commit of `repo`; empty: the current one, pinned when downloaded"
+    )
+    transformer_config: dict[str, bool] = Field(
+        default_factory=dict, description="Where its configuration differs from the family's"
+    )
+    shares: dict[str, str] = Field(
+        default_factory=dict, description="Component -> the model that publishes the same files"
+    )
+    variants: tuple[Variant, ...] = ()
+
+    def variant(self, name: str) -> Variant | None:
+        """The variant called `name`; None for "bf16", the model's own. Raises BadRequest."""
+        if name.lower() in ("", "bf16"):
+            return None
+        found = next((v for v in self.variants if v.id.lower() == name.lower()), None)
+        if found is None:
+            raise BadRequest(
+                f"{self.name} has no variant {name!r}.",
+                did_you_mean(name, ["bf16", *(variant.id for variant in self.variants)]),
+            )
+        return found
 
     @property
     def weight_bytes(self) -> int:

@@ -11,6 +11,7 @@ from qwen_image_tool import __version__, gallery, logs
 from qwen_image_tool.app import App, made_otherwise
 from qwen_image_tool.catalog import DEFAULT_MODEL
 from qwen_image_tool.catalog.sizes import menu_size, native_size
+from qwen_image_tool.cli.models import models
 from qwen_image_tool.cli.screen import Screen
 from qwen_image_tool.device import invented
 from qwen_image_tool.doctor import worst
@@ -26,7 +27,6 @@ cli = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Make pictures with Alibaba's open Qwen-Image models on this computer.",
 )
-models = typer.Typer(no_args_is_help=True, help="The models: what there is, what they need.")
 cli.add_typer(models, name="models")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
@@ -210,38 +210,6 @@ def doctor_command(as_json: Json = False) -> None:
 def clear_cache() -> None:
     """Forget the prompts that were read before; they are read again when needed."""
     App(load_settings()).clear_cache()
-
-
-@models.command(name="list")
-def list_models(as_json: Json = False) -> None:
-    """List the models of the family: what they do, their size and licence."""
-    app = App(load_settings())
-    rows = [app.describe(model) for model in app.catalog.models]
-    screen = Screen(as_json)
-    if as_json:
-        screen.json({"models": rows})
-    else:
-        screen.models(rows)
-
-
-@models.command()
-def show(
-    model: Annotated[str, typer.Argument(help="An id of `qit models list`.")],
-    as_json: Json = False,
-) -> None:
-    """Show all that is known of one model.
-
-    [bold]Example[/]
-
-      qit models show qwen-image-2512
-    """
-    app = App(load_settings())
-    entry = app.catalog.find(model)
-    screen = Screen(as_json)
-    if as_json:
-        screen.json(entry.to_dict() | app.describe(entry))
-    else:
-        screen.model(entry, app.describe(entry), app.catalog.licence_of(entry))
 
 
 @cli.callback(invoke_without_command=True)

@@ -3,12 +3,20 @@
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TransferSpeedColumn,
+)
 from rich.progress import TimeRemainingColumn as Remaining
 from rich.table import Table
 from rich.text import Text
@@ -17,7 +25,16 @@ from qwen_image_tool.catalog import Licence, Model
 from qwen_image_tool.doctor import Check
 from qwen_image_tool.errors import ToolError
 from qwen_image_tool.gallery import ImageInfo
-from qwen_image_tool.types import Event, Notice, PhaseStarted, Plan, Request, Saved, Stepped
+from qwen_image_tool.types import (
+    DownloadProgress,
+    Event,
+    Notice,
+    PhaseStarted,
+    Plan,
+    Request,
+    Stepped,
+    VerifyProgress,
+)
 
 PHASES = {
     "load": "Loading the model",
@@ -105,12 +122,13 @@ class Screen:
 
     def models(self, rows: list[dict[str, Any]]) -> None:
         self.rows(
-            ("Model", "State", "Weights", "Does", "Licence"),
+            ("Model", "State", "Weights", "To fetch", "Does", "Licence"),
             [
                 (
                     row["id"],
                     row["state"],
                     amount(row["bytes"]),
+                    amount(row["to_fetch"]),
                     ", ".join(row["tasks"]),
                     row["licence"] + ("" if row["commercial"] else " (non-commercial)"),
                 )
@@ -147,6 +165,15 @@ class Screen:
                 for name, part in model.components.items()
             ],
         )
+        if model.variants:
+            self.line("")
+            self.rows(
+                ("Variant", "Transformer", "From", "State"),
+                [
+                    (v.id, f"{v.bytes / 1e9:.1f} GB", v.repo, v.unsupported or "runs")
+                    for v in model.variants
+                ],
+            )
 
     def checks(self, checks: tuple[Check, ...]) -> None:
         colours = {"pass": "green", "warn": "yellow", "fail": "red"}
@@ -155,6 +182,25 @@ class Screen:
             self.line(f"{check.name}: {check.finding}")
             if check.next_step:
                 self.line(f"      -> {check.next_step}")
+
+    @contextmanager
+    def transfer(self) -> Iterator[Callable[[Event], None]]:
+        """Receives the events of a download or a check: a bar on a terminal, a plain line every
+        two seconds elsewhere, every event as a line of JSON where that was asked for."""
+        if self.as_json:
+            yield lambda event: self.json(event.to_dict())
+        elif self.notes.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                DownloadColumn(),
+                TransferSpeedColumn(),
+                Remaining(),
+            )
+            with Progress(*columns, console=self.notes, transient=True) as progress:
+                yield _TransferBar(self, progress)
+        else:
+            yield _TransferLines(self)
 
     @contextmanager
     def progress(self) -> Iterator["_Bar | _Lines"]:
@@ -202,7 +248,7 @@ class _Lines:
             self._screen.note(event.text)
         elif isinstance(event, PhaseStarted):
             self._screen.note(f"{PHASES[event.phase]} ...")
-        elif isinstance(event, Saved):
+        elif not isinstance(event, Stepped):
             return
         elif event.step == event.steps or time.monotonic() - self._last > QUIET_SECONDS:
             self._last = time.monotonic()
@@ -210,6 +256,44 @@ class _Lines:
             self._screen.note(
                 f"  step {event.step}/{event.steps}, {_speed(event.seconds)}, {left:.0f} s left"
             )
+
+
+class _TransferBar:
+    def __init__(self, screen: Screen, progress: Progress) -> None:
+        self._screen, self._progress = screen, progress
+        self._task: TaskID | None = None
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Notice):
+            self._screen.note(event.text)
+        elif isinstance(event, DownloadProgress | VerifyProgress):
+            if self._task is None:
+                self._task = self._progress.add_task(event.model, total=event.total_bytes)
+            self._progress.update(self._task, completed=event.done_bytes)
+
+
+class _TransferLines:
+    def __init__(self, screen: Screen) -> None:
+        self._screen = screen
+        self._last = 0.0
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Notice):
+            self._screen.note(event.text)
+        elif isinstance(event, DownloadProgress | VerifyProgress):
+            now = time.monotonic()
+            if event.done_bytes >= event.total_bytes or now - self._last > QUIET_SECONDS:
+                self._last = now
+                self._screen.note(f"  {event.model}: {_transferred(event)}")
+
+
+def _transferred(event: DownloadProgress | VerifyProgress) -> str:
+    text = f"{event.done_bytes / 1e9:.2f} of {event.total_bytes / 1e9:.2f} GB"
+    if isinstance(event, DownloadProgress) and event.bytes_per_second:
+        text += f", {event.bytes_per_second / 1e6:.1f} MB/s"
+        if event.seconds_left:
+            text += f", {event.seconds_left:.0f} s left"
+    return text
 
 
 def _speed(seconds: float) -> str:

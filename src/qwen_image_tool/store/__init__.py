@@ -3,14 +3,16 @@
 A model is a folder in the diffusers layout: `model_index.json` and one sub-folder a component.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
 from qwen_image_tool.catalog import DEFAULT_MODEL, Catalog, Family, Model, did_you_mean
-from qwen_image_tool.errors import BadRequest, ModelMissing, ModelUnsupported
+from qwen_image_tool.errors import BadRequest, ModelBroken, ModelMissing, ModelUnsupported
+from qwen_image_tool.store import verify
+from qwen_image_tool.store.places import Elsewhere
+from qwen_image_tool.store.record import read_record
 from qwen_image_tool.types import Value
 
 # The catalogue rows whose settings an unlisted local folder takes
@@ -45,8 +47,11 @@ def practice_folder() -> Path:
     return Path(__file__).parent.parent / "practice" / "weights"
 
 
-def locate(reference: str, catalog: Catalog, models_folder: Path) -> Installed:
-    """Find the model that `reference` names: a catalogue id, a repository, or a local folder.
+def locate(
+    reference: str, catalog: Catalog, models_folder: Path, elsewhere: Elsewhere | None = None
+) -> Installed:
+    """Find the model that `reference` names: a catalogue id, a repository, or a local folder; in
+    the models folder, else whole in the Hugging Face cache of `elsewhere`.
 
     Raises BadRequest (no such model), ModelUnsupported (this version can't run it) or
     ModelMissing (the folder, a component or a file of it is not there).
@@ -62,26 +67,54 @@ def locate(reference: str, catalog: Catalog, models_folder: Path) -> Installed:
             f"{model.name} can't run yet. {model.unsupported}", "`qit models list` shows what can."
         )
     folder = practice_folder() if model.id == DEFAULT_MODEL else models_folder / model.id
-    if not folder.is_dir():
-        raise ModelMissing(
-            f"{model.name} is not on this computer.",
-            f"Put the files of {model.repo} into {folder}, or give --model the folder they are in.",
+    if read_record(folder) or (folder / "model_index.json").is_file():
+        return _inspect_own(folder, model)
+    for snapshot in (elsewhere or Elsewhere()).snapshots(model.repo, model.revision):
+        try:
+            return inspect(snapshot, model)
+        except BadRequest:  # half of it, or files of another kind: as good as nothing
+            continue
+    raise ModelMissing(
+        f"{model.name} is not on this computer.",
+        f"Get it with `qit models download {model.id}`, or give --model the folder it is in.",
+    )
+
+
+def _inspect_own(folder: Path, model: Model) -> Installed:
+    record = read_record(folder)
+    faults = verify.quick(folder, record, model.components) if record else ()
+    for fault in faults:
+        hint = f"`qit models {'download' if fault.kind == 'interrupted' else 'repair'} {model.id}`"
+        raise ModelBroken(fault.kind, fault.message, f"{hint} fetches what is needed.")
+    if record and "bf16" not in record.variants:
+        raise ModelUnsupported(
+            f"Of {model.name} only {', '.join(record.variants)} is here, and this version runs"
+            " bf16.",
+            f"`qit models download {model.id}` adds it.",
         )
     return inspect(folder, model)
 
 
-def expect(reference: str, catalog: Catalog, models_folder: Path) -> Installed:
+def expect(
+    reference: str, catalog: Catalog, models_folder: Path, elsewhere: Elsewhere | None = None
+) -> Installed:
     """Like `locate`, but a model of the catalogue that is not here is taken as it is published."""
     try:
-        return locate(reference, catalog, models_folder)
+        return locate(reference, catalog, models_folder, elsewhere)
     except ModelMissing:
         model = catalog.get(reference)
         if model is None:
             raise
+    return as_published(model)
+
+
+def as_published(model: Model, transformer_bytes: int | None = None) -> Installed:
+    """A catalogue model as if it were here, with a transformer of another size if one is given."""
+    sizes = {name: part.bytes for name, part in model.components.items()}
     return Installed(
         model=model,
-        folder=models_folder / model.id,
-        bytes={name: part.bytes for name, part in model.components.items()},
+        folder=Path(),
+        bytes=sizes if transformer_bytes is None else sizes | {"transformer": transformer_bytes},
         blocks=blocks_of({}, model.family),
         text_layers=text_layers_of({}, model.family),
     )
@@ -94,7 +127,7 @@ def inspect(folder: Path, model: Model) -> Installed:
     the first file which is not there, ModelUnsupported where the folder holds another kind of
     model.
     """
-    index = _read_json(folder / "model_index.json")
+    index = verify.read_json(folder / "model_index.json")
     found = index.get("_class_name")
     if found != model.pipeline:
         raise ModelUnsupported(
@@ -105,9 +138,9 @@ def inspect(folder: Path, model: Model) -> Installed:
         model=_with_sigmas(model, index.get("sample_sigmas"), folder),
         folder=folder,
         bytes={name: _component_bytes(folder / name, name) for name in model.components},
-        blocks=blocks_of(_read_json(folder / "transformer" / "config.json"), model.family),
+        blocks=blocks_of(verify.read_json(folder / "transformer" / "config.json"), model.family),
         text_layers=text_layers_of(
-            _read_json(folder / "text_encoder" / "config.json"), model.family
+            verify.read_json(folder / "text_encoder" / "config.json"), model.family
         ),
     )
 
@@ -162,7 +195,7 @@ def _with_sigmas(model: Model, sigmas: Any, folder: Path) -> Model:
         return model
     numbers = isinstance(sigmas, list) and all(isinstance(s, int | float) for s in sigmas)
     if not numbers or not sigmas:
-        raise ModelMissing(f"{folder / 'model_index.json'} has a broken schedule.", _AGAIN)
+        raise ModelMissing(f"{folder / 'model_index.json'} has a broken schedule.", verify.AGAIN)
     sampling = {"sigmas": tuple(sigmas), "steps": len(sigmas)}
     return model.model_copy(update={"sampling": model.sampling.model_copy(update=sampling)})
 
@@ -170,11 +203,11 @@ def _with_sigmas(model: Model, sigmas: Any, folder: Path) -> Model:
 def _local_model(folder: Path, catalog: Catalog) -> Model:
     """A catalogue row for a folder the catalogue doesn't know: the text-to-image settings of its
     family, with the size multiple that the folder's VAE needs."""
-    index = _read_json(folder / "model_index.json")
+    index = verify.read_json(folder / "model_index.json")
     base = catalog.find(_local_row(index))
-    vae = _read_json(folder / "vae" / "config.json")
+    vae = verify.read_json(folder / "vae" / "config.json")
     levels = len(vae.get("temperal_downsample", (False, True, True)))
-    transformer = _read_json(folder / "transformer" / "config.json")
+    transformer = verify.read_json(folder / "transformer" / "config.json")
     if transformer.get("zero_cond_t") or transformer.get("use_additional_t_cond"):
         raise ModelUnsupported(
             f"The transformer in {folder} is one that edits or splits pictures.",
@@ -206,20 +239,22 @@ def _component_bytes(folder: Path, name: str) -> int:
     """Bytes of a component's weights; 0 where it has none (tokenizer, processor, scheduler)."""
     if not folder.is_dir():
         raise ModelMissing(
-            f"The component {name!r} is missing: there is no folder {folder}.", _AGAIN
+            f"The component {name!r} is missing: there is no folder {folder}.", verify.AGAIN
         )
     config = {
         "scheduler": "scheduler_config.json",
         "tokenizer": "tokenizer_config.json",
         "processor": "tokenizer_config.json",  # the part of it that is read
     }
-    _read_json(folder / config.get(name, "config.json"))
+    verify.read_json(folder / config.get(name, "config.json"))
     if name in config:
         return 0
+    for fault in verify.check_component(folder):
+        raise ModelBroken(fault.kind, fault.message, verify.AGAIN)
     files = sorted(_weight_files(folder))
     for file in files:
         if not file.is_file():
-            raise ModelMissing(f"The file {file} is missing.", _AGAIN)
+            raise ModelMissing(f"The file {file} is missing.", verify.AGAIN)
     return sum(file.stat().st_size for file in files)
 
 
@@ -227,21 +262,6 @@ def _weight_files(folder: Path) -> set[Path]:
     """The safetensors files of a component: what its index names, else the single file."""
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     if indexes:
-        names = set(_read_json(indexes[0])["weight_map"].values())
+        names = set(verify.read_json(indexes[0])["weight_map"].values())
         return {folder / Path(name).name for name in names}
     return set(folder.glob("*.safetensors")) or {folder / "model.safetensors"}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelMissing(f"The file {path} is missing.", _AGAIN) from None
-    except (ValueError, OSError) as error:
-        raise ModelMissing(f"The file {path} can't be read ({error}).", _AGAIN) from error
-    if not isinstance(data, dict):
-        raise ModelMissing(f"The file {path} is not what it should be.", _AGAIN)
-    return data
-
-
-_AGAIN = "Download the model again, or give --model a folder that is complete."

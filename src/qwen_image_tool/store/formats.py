@@ -1,0 +1,229 @@
+"""What a weight file is: told by its keys and shapes, never by its name.
+
+The layouts are those of diffusers, ComfyUI and ggml's tools; what can't be read yet is recognised
+all the same, so that it can be refused with the reason.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+from qwen_image_tool.catalog import Catalog, Family, Model
+from qwen_image_tool.errors import BadRequest, ModelUnsupported
+from qwen_image_tool.store.headers import Header, Stored, read_header
+from qwen_image_tool.types import Value
+
+PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "transformer.", "vae.", "model.")
+WIDTHS: dict[int, Family] = {3072: "qwen-image", 4096: "qwen-image-2.1"}
+TEXT_WIDTHS: dict[int, Family] = {3584: "qwen-image", 4096: "qwen-image-2.1"}
+Kind = Literal["transformer", "text_encoder", "vae", "lora", "controlnet"]
+
+# Part of a key -> the format it gives away, and why it can't be read. The first match counts.
+UNREADABLE = (
+    (".comfy_quant", "ComfyUI's own quantisation (convrot, w4a8 or mixed fp8)"),
+    ("convrot", "ComfyUI's convrot quantisation"),
+    (".wscales", "Nunchaku's SVDQuant format, which needs its own engine"),
+    (".smooth_factor", "Nunchaku's SVDQuant format, which needs its own engine"),
+    (".encoded_exponent", "DFloat11's compressed format"),
+    (".quant_state.", "the bitsandbytes 4-bit format"),
+    (".absmax", "the bitsandbytes 4-bit format"),
+    (".SCB", "the bitsandbytes 8-bit format"),
+    ("scaled_fp8", "scaled fp8 as ComfyUI writes it"),
+    (".scale_weight", "scaled fp8 as ComfyUI writes it"),
+    (".weight_scale", "weights with scales of their own (scaled fp8 or int8)"),
+    (".qweight", "a GPTQ, AWQ or Nunchaku quantisation"),
+)
+
+
+class Checkpoint(Value):
+    """One weight file, as its header describes it.
+
+    `prefix` stands before every key of the model; `fused`: Comfy's `gate_up` in place of
+    `gate_layer` and `proj`; `unreadable`: why this version can't use it, if so.
+    """
+
+    path: Path
+    kind: Kind
+    family: Family
+    container: Literal["safetensors", "gguf"]
+    storage: str
+    bytes: int
+    prefix: str = ""
+    fused: bool = False
+    layered: bool = False
+    zero_cond_t: bool = False
+    unreadable: str = ""
+
+
+def recognise(path: Path) -> Checkpoint:
+    """What the file at `path` is.
+
+    Raises ModelBroken (damaged, or no weight file) and ModelUnsupported (whole, but of no model of
+    the family: the keys are unknown, or the layout of one family has the width of another).
+    """
+    header = read_header(path)
+    tensors = header.tensors
+    prefix = _prefix(tensors)
+    keys = {key.removeprefix(prefix): stored for key, stored in tensors.items()}
+    kind, family = _identify(keys, path)
+    return Checkpoint(
+        path=path,
+        kind=kind,
+        family=family,
+        container=header.container,
+        storage=_storage(header),
+        bytes=sum(stored.bytes for stored in tensors.values()),
+        prefix=prefix,
+        fused=any(key.endswith("img_mlp.gate_up.weight") for key in keys),
+        layered="time_text_embed.addition_t_embedding.weight" in keys,
+        zero_cond_t="__index_timestep_zero__" in keys,
+        unreadable=_unreadable(keys),
+    )
+
+
+def readable(path: Path) -> Checkpoint:
+    """Like `recognise`, and raises ModelUnsupported with the reason where it can't be read yet."""
+    found = recognise(path)
+    if found.unreadable:
+        raise ModelUnsupported(
+            f"{path} can't be read: it is in {found.unreadable}.",
+            "Take the bf16 or a GGUF file of the same model: `qit models show` lists them.",
+        )
+    return found
+
+
+def models_for(checkpoint: Checkpoint, catalog: Catalog) -> tuple[Model, ...]:
+    """The catalogue's models whose configuration fits a transformer; keys and shapes may fit
+    several, because some differences (Edit-2511's `zero_cond_t`) leave no trace in a file."""
+    return tuple(
+        model
+        for model in catalog.models
+        if model.repo
+        and model.family == checkpoint.family
+        and checkpoint.layered == bool(model.transformer_config.get("use_additional_t_cond"))
+        and (not checkpoint.zero_cond_t or model.transformer_config.get("zero_cond_t"))
+    )
+
+
+def check_model(checkpoint: Checkpoint, model: Model, catalog: Catalog) -> None:
+    """Raises BadRequest where `checkpoint` can't be weights of `model`."""
+    if checkpoint.kind == "transformer":
+        fits = model in models_for(checkpoint, catalog)
+    else:
+        fits = checkpoint.family == model.family and checkpoint.kind in model.components
+    if not fits:
+        raise BadRequest(
+            f"{checkpoint.path} holds a {checkpoint.kind} of {checkpoint.family}, which does not"
+            f" fit {model.name}.",
+            "Its keys and shapes say so, whatever its name.",
+        )
+
+
+def _prefix(keys: Iterable[str]) -> str:
+    """The longest known prefix that the model's own keys stand behind."""
+    names = set(keys)
+    signs = (
+        "img_in.weight",
+        "decoder.conv_in.weight",
+        "decoder.conv1.weight",
+        "transformer_blocks.0.",
+    )
+    for prefix in PREFIXES[1:5]:
+        if any(prefix + sign in names for sign in signs):
+            return prefix
+    return ""
+
+
+def _identify(keys: dict[str, Stored], path: Path) -> tuple[Kind, Family]:
+    if any(".lora_" in key or key.startswith("lora_") for key in keys):
+        return "lora", _lora_family(keys, path)
+    if "img_in.weight" in keys and "txt_norm.weight" in keys:
+        _agree(keys["img_in.weight"].shape[0], WIDTHS, "qwen-image", path)
+        return ("controlnet" if _any(keys, "controlnet_blocks.") else "transformer"), "qwen-image"
+    if "img_in.weight" in keys and "txt_in.text_norm.weight" in keys:
+        _agree(keys["img_in.weight"].shape[0], WIDTHS, "qwen-image-2.1", path)
+        return "transformer", "qwen-image-2.1"
+    if _any(keys, "controlnet_blocks.") or _any(keys, "control_img_in."):
+        return "controlnet", _controlnet_family(keys)
+    embedding = _ending(keys, "embed_tokens.weight") or keys.get("token_embd.weight")
+    if embedding and len(embedding.shape) == 2:
+        return "text_encoder", _text_family(embedding, keys, path)
+    for name in ("decoder.conv_in.weight", "decoder.conv1.weight"):
+        if name in keys:
+            return "vae", _vae_family(keys[name], path)
+    raise ModelUnsupported(
+        f"{path} holds no part of a Qwen-Image model.", "Its tensors have names of another model."
+    )
+
+
+def _any(keys: Iterable[str], start: str) -> bool:
+    return any(key.startswith(start) for key in keys)
+
+
+def _ending(keys: dict[str, Stored], end: str) -> Stored | None:
+    return next((stored for key, stored in keys.items() if key.endswith(end)), None)
+
+
+def _agree(width: int, widths: dict[int, Family], family: Family, path: Path) -> None:
+    """The layout says `family`; the shapes have to say the same."""
+    if widths.get(width) != family:
+        wanted = next(size for size, name in widths.items() if name == family)
+        raise ModelUnsupported(
+            f"{path} is laid out like {family}, but is {width} wide where that is {wanted} wide.",
+            "It belongs to a model that this version does not know.",
+        )
+
+
+def _lora_family(keys: dict[str, Stored], path: Path) -> Family:
+    """By the width that its adapters go in and out of."""
+    sizes = {size for stored in keys.values() for size in stored.shape}
+    for width, family in WIDTHS.items():
+        if width in sizes:
+            return family
+    raise ModelUnsupported(
+        f"{path} is a LoRA of another model.", "Its widths are not Qwen-Image's."
+    )
+
+
+def _controlnet_family(keys: dict[str, Stored]) -> Family:
+    first = next(stored for key, stored in keys.items() if len(stored.shape) == 2)
+    return "qwen-image-2.1" if 4096 in first.shape else "qwen-image"
+
+
+def _text_family(embedding: Stored, keys: dict[str, Stored], path: Path) -> Family:
+    family: Family = (
+        "qwen-image-2.1"
+        if _ending(keys, ".self_attn.q_norm.weight") or _ending(keys, ".attn_q_norm.weight")
+        else "qwen-image"
+    )
+    _agree(embedding.shape[1], TEXT_WIDTHS, family, path)
+    return family
+
+
+def _vae_family(conv_in: Stored, path: Path) -> Family:
+    """By the latent's channels: 16 in the 20B family, 64 in 2.1."""
+    channels = conv_in.shape[1] if len(conv_in.shape) > 1 else 0
+    if channels == 16 and len(conv_in.shape) == 5:
+        return "qwen-image"
+    if channels == 64 and len(conv_in.shape) in (4, 5):
+        return "qwen-image-2.1"
+    raise ModelUnsupported(
+        f"{path} is the VAE of another model ({channels} latent channels).",
+        "Qwen-Image has 16, Qwen-Image-2.1 has 64.",
+    )
+
+
+def _storage(header: Header) -> str:
+    """The dtype that most bytes are in: "BF16", "F8_E4M3", "Q4_K" ..."""
+    total: dict[str, int] = {}
+    for stored in header.tensors.values():
+        total[stored.dtype] = total.get(stored.dtype, 0) + stored.bytes
+    return max(total, key=lambda dtype: total[dtype], default="")
+
+
+def _unreadable(keys: Iterable[str]) -> str:
+    names = list(keys)
+    for part, reason in UNREADABLE:
+        if any(part in name for name in names):
+            return reason
+    return ""

@@ -1,0 +1,359 @@
+"""The model hub: which files a repository has, and their bytes from any offset on.
+
+Speaks HTTP through huggingface_hub's client and turns its errors into ours. Every redirect is
+looked at before it is followed: https only, no private address, and no token off the hub.
+Plain HTTP is used on purpose, not xet: it resumes at the byte where it stopped.
+"""
+
+import ipaddress
+import os
+import socket
+import ssl
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from urllib.parse import quote, urljoin, urlsplit
+
+from qwen_image_tool.errors import BadRequest, DownloadFailed, FailureKind
+
+if TYPE_CHECKING:
+    import httpx2
+
+HUGGING_FACE = "https://huggingface.co"
+MODELSCOPE = "https://www.modelscope.cn"
+TOKEN_HOSTS = {"huggingface.co", "hf.co"}
+MAX_HOPS = 5
+MAX_LISTING = 16 << 20  # bytes of JSON
+MAX_RETRY_AFTER = 120.0  # seconds
+TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
+WINDOWS_NAMES = {
+    "con",
+    "prn",
+    "aux",
+    "nul",
+    *(f"{n}{i}" for n in ("com", "lpt") for i in range(10)),
+}
+
+
+class Transient(Exception):
+    """May go away by itself. `retry_after`: seconds the server asks for."""
+
+    def __init__(self, kind: FailureKind, message: str, retry_after: float = 0) -> None:
+        super().__init__(message)
+        self.kind: FailureKind = kind
+        self.retry_after = retry_after
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """A file of a repository. LFS files have `sha256`, small ones git's own SHA-1."""
+
+    path: str
+    size: int
+    sha256: str = ""
+    git_sha1: str = ""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A repository at one commit."""
+
+    repo: str
+    revision: str
+    files: dict[str, RemoteFile] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Body:
+    """Bytes of a file from `start` on: 0 where the server ignored the wanted offset."""
+
+    start: int
+    chunks: Iterator[bytes]
+
+
+@dataclass(frozen=True)
+class Hub:
+    """Where models come from. `local`: a test switch that allows http and private addresses."""
+
+    endpoint: str = HUGGING_FACE
+    token: str | None = None
+    kind: Literal["huggingface", "modelscope"] = "huggingface"
+    local: bool = False
+    stall_seconds: float = 30.0
+
+    def list(self, repo: str, revision: str = "") -> Listing:
+        """The repository's files at `revision`, or at its current commit.
+
+        Raises Transient and DownloadFailed.
+        """
+        if self.kind == "modelscope":
+            return self._list_modelscope(repo, revision or "master")
+        from huggingface_hub.hf_api import ModelInfo
+
+        path = f"/api/models/{quote(repo)}"
+        path += f"/revision/{quote(revision, safe='')}" if revision else ""
+        info = ModelInfo(**self._json(f"{self.endpoint}{path}?blobs=true", repo))
+        files = [
+            RemoteFile(
+                safe_name(sibling.rfilename),
+                sibling.lfs.size if sibling.lfs else sibling.size or 0,
+                sibling.lfs.sha256 if sibling.lfs else "",
+                "" if sibling.lfs else sibling.blob_id or "",
+            )
+            for sibling in info.siblings or ()
+        ]
+        return Listing(repo, info.sha or revision, {file.path: file for file in files})
+
+    def _list_modelscope(self, repo: str, revision: str) -> Listing:
+        url = f"{self.endpoint}/api/v1/models/{quote(repo)}/repo/files"
+        found = self._json(f"{url}?Revision={quote(revision, safe='')}&Recursive=true", repo)
+        files = [
+            RemoteFile(safe_name(str(entry["Path"])), int(entry["Size"]), str(entry["Sha256"]))
+            for entry in found.get("Data", {}).get("Files", ())
+            if entry.get("Type") == "blob"
+        ]
+        return Listing(repo, revision, {file.path: file for file in files})
+
+    def _json(self, url: str, repo: str) -> dict[str, Any]:
+        import json
+
+        with self._get(url, {}, repo) as response:
+            raw = b""
+            for chunk in _guarded(response.iter_bytes()):
+                raw += chunk
+                if len(raw) > MAX_LISTING:
+                    raise DownloadFailed("server", f"The list of {repo} is too long.", LATER)
+        try:
+            found = json.loads(raw)
+        except ValueError:
+            raise Transient(
+                "web page", f"{self.endpoint} did not answer with a file list"
+            ) from None
+        if not isinstance(found, dict):
+            raise Transient("server", f"{self.endpoint} did not answer with a file list")
+        return found
+
+    def url(self, repo: str, revision: str, path: str) -> str:
+        name, commit = quote(path), quote(revision, safe="")
+        middle = "/models" if self.kind == "modelscope" else ""
+        return f"{self.endpoint}{middle}/{quote(repo)}/resolve/{commit}/{name}"
+
+    @contextmanager
+    def open(self, repo: str, revision: str, file: RemoteFile, offset: int = 0) -> Iterator[Body]:
+        """The file's bytes from `offset` on. Raises Transient and DownloadFailed."""
+        headers = {"Range": f"bytes={offset}-"} if offset else {}
+        with self._get(self.url(repo, revision, file.path), headers, repo, file) as response:
+            kind = response.headers.get("Content-Type", "")
+            if kind.startswith("text/html") and not file.path.endswith(".html"):
+                raise Transient("web page", f"a web page came in place of {file.path}")
+            start = _start_of(response, file) if response.status_code == 206 else 0
+            if start > offset:
+                raise Transient("server", f"the server sent the wrong part of {file.path}")
+            yield Body(start, _guarded(response.iter_raw()))
+
+    @contextmanager
+    def _get(
+        self, url: str, headers: dict[str, str], repo: str, file: RemoteFile | None = None
+    ) -> Iterator["httpx2.Response"]:
+        """A streamed answer with a good status, after at most MAX_HOPS redirects."""
+        from huggingface_hub.utils import build_hf_headers, get_session
+
+        client = get_session()
+        for _ in range(MAX_HOPS + 1):
+            self._check_address(url)
+            token = self.token if self._may_have_token(url) else False
+            sent = build_hf_headers(token=token) | {"Accept-Encoding": "identity"} | headers
+            request = client.build_request("GET", url, headers=sent, timeout=self.stall_seconds)
+            with _translated(url):
+                response = client.send(request, stream=True, follow_redirects=False)
+            try:
+                if file:
+                    _check_etag(response, file)
+                if not response.has_redirect_location:
+                    _check_status(response, repo, file, self.endpoint)
+                    yield response
+                    return
+                url = urljoin(url, response.headers["Location"])
+            finally:
+                response.close()
+        raise DownloadFailed("redirect", f"{self.endpoint} redirects in a circle.", LATER)
+
+    def _may_have_token(self, url: str) -> bool:
+        if _origin(url) != _origin(self.endpoint):
+            return False
+        return self.local or urlsplit(url).hostname in TOKEN_HOSTS
+
+    def _check_address(self, url: str) -> None:
+        """Raises DownloadFailed where a redirect leads off https or to a private address."""
+        if self.local or _origin(url) == _origin(self.endpoint):
+            return
+        parts = urlsplit(url)
+        if parts.scheme != "https":
+            raise DownloadFailed("redirect", f"{self.endpoint} redirects to {url}.", NOT_SAFE)
+        if urllib.request.getproxies():  # the proxy resolves names, and decides where they lead
+            return
+        with _translated(url):
+            found = socket.getaddrinfo(parts.hostname, parts.port or 443, type=socket.SOCK_STREAM)
+        for *_, address in found:
+            if not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_global:
+                raise DownloadFailed(
+                    "redirect",
+                    f"{self.endpoint} redirects to the private address {address[0]}.",
+                    NOT_SAFE,
+                )
+
+
+LATER = "Try again later: what came is kept."
+NOT_SAFE = "Nothing was fetched from there. Check the network, or HF_ENDPOINT."
+
+
+def connect(
+    source: Literal["huggingface", "modelscope"] = "huggingface", local: bool = False
+) -> Hub:
+    """The hub that the settings name; HF_ENDPOINT moves Hugging Face to a mirror.
+
+    The user's token goes to Hugging Face itself and to no mirror. Raises BadRequest.
+    """
+    own = os.environ.get("HF_ENDPOINT", "").rstrip("/") or HUGGING_FACE
+    endpoint = own if source == "huggingface" else MODELSCOPE
+    if urlsplit(endpoint).scheme != "https" and not local:
+        raise BadRequest(f"HF_ENDPOINT is {endpoint!r}.", "It has to start with https://.")
+    from huggingface_hub import get_token
+
+    trusted = source == "huggingface" and (local or urlsplit(endpoint).hostname in TOKEN_HOSTS)
+    return Hub(endpoint, get_token() if trusted else None, source, local)
+
+
+def safe_name(path: str) -> str:
+    """`path` as it is, where it stays inside its folder on every system. Raises DownloadFailed."""
+    parts = path.split("/")
+    bad = (
+        not path
+        or len(path) > 240
+        or any(part in ("", ".", "..") or part.endswith((".", " ")) for part in parts)
+        or any(letter in '\\:*?"<>|' or not letter.isprintable() for letter in path)
+        or any(part.split(".")[0].lower() in WINDOWS_NAMES for part in parts)
+    )
+    if bad or PurePosixPath(path).is_absolute():
+        raise DownloadFailed(
+            "bad name", f"The repository has a file of the name {path!r}.", "It was not fetched."
+        )
+    return path
+
+
+def _origin(url: str) -> tuple[str, str | None, int | None]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port
+
+
+def _start_of(response: "httpx2.Response", file: RemoteFile) -> int:
+    """Where a partial answer starts; its whole size has to be the file's."""
+    unit, _, rest = response.headers.get("Content-Range", "").partition(" ")
+    span, _, total = rest.partition("/")
+    start = span.partition("-")[0]
+    if unit != "bytes" or not start.isdigit():
+        raise Transient("server", f"the server sent the wrong part of {file.path}")
+    if total.isdigit() and int(total) != file.size:
+        raise _moved(file)
+    return int(start)
+
+
+def _check_etag(response: "httpx2.Response", file: RemoteFile) -> None:
+    """The hub's ETag of an LFS file is its SHA-256."""
+    raw = response.headers.get("X-Linked-Etag") or response.headers.get("ETag") or ""
+    etag = raw.removeprefix("W/").strip('"')
+    is_hash = len(etag) == 64 and not set(etag) - set("0123456789abcdef")
+    if response.status_code < 400 and file.sha256 and is_hash and etag != file.sha256:
+        raise _moved(file)
+
+
+def _moved(file: RemoteFile) -> DownloadFailed:
+    return DownloadFailed(
+        "changed",
+        f"{file.path} is another file on the server now than when the download began.",
+        "`qit models download --again` starts with the current files.",
+    )
+
+
+def _check_status(
+    response: "httpx2.Response", repo: str, file: RemoteFile | None, endpoint: str
+) -> None:
+    from huggingface_hub import errors
+    from huggingface_hub.utils import hf_raise_for_status
+
+    status = response.status_code
+    if status in TRANSIENT:
+        kind: FailureKind = "busy" if status == 429 else "server"
+        raise Transient(kind, f"{endpoint} answered {status}", _retry_after(response))
+    if status == 416:
+        raise Transient("server", "the server refused to go on within the file")
+    what = f"{repo}/{file.path}" if file else repo
+    try:
+        hf_raise_for_status(response)
+    except (errors.GatedRepoError, errors.DisabledRepoError) as error:
+        raise _no_access(repo, endpoint) from error
+    except errors.HfHubHTTPError as error:
+        if status in (401, 403) and not isinstance(error, errors.RevisionNotFoundError):
+            raise _no_access(repo, endpoint) from error
+        if status == 404 or isinstance(error, errors.RepositoryNotFoundError):
+            hint = (
+                "Update QwenImageTool: the file may have moved. Nothing else was fetched instead."
+            )
+            raise DownloadFailed("not found", f"{endpoint} has no {what}.", hint) from error
+        raise DownloadFailed(
+            "server", f"{endpoint} answered {status} for {what}.", LATER
+        ) from error
+
+
+def _no_access(repo: str, endpoint: str) -> DownloadFailed:
+    return DownloadFailed(
+        "no access",
+        f"{endpoint} does not let you have {repo}.",
+        f"Accept its terms on {endpoint}/{repo}, then log in with `hf auth login`.",
+    )
+
+
+def _retry_after(response: "httpx2.Response") -> float:
+    text = response.headers.get("Retry-After", "")
+    return min(float(text), MAX_RETRY_AFTER) if text.isdigit() else 0.0
+
+
+def _guarded(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    with _translated("the server"):
+        yield from chunks
+
+
+@contextmanager
+def _translated(where: str) -> Iterator[None]:
+    """The client's errors as ours: what may go away is Transient."""
+    import httpx2
+
+    host = urlsplit(where).hostname or where
+    try:
+        yield
+    except httpx2.TimeoutException as error:
+        raise Transient("stalled", f"nothing came from {host}") from error
+    except (httpx2.TransportError, socket.gaierror) as error:
+        if _is_tls(error):
+            _tls_failure(host, error)
+        raise Transient("network", f"the connection to {host} broke ({error})") from error
+
+
+def _is_tls(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, ssl.SSLError) or "CERTIFICATE_VERIFY_FAILED" in str(error):
+            return isinstance(error, ssl.SSLCertVerificationError) or "CERTIFICATE" in str(error)
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _tls_failure(host: str, error: Exception) -> NoReturn:
+    raise DownloadFailed(
+        "tls",
+        f"{host} does not prove who it is ({error}).",
+        "Check this computer's clock; behind a company's proxy, set SSL_CERT_FILE to its"
+        " certificate.",
+    ) from error

@@ -1,0 +1,602 @@
+"""The models of this computer: get, prove, mend and delete them.
+
+One folder a model in the diffusers layout. Files that several models share (Turbo's text encoder is
+2.1's) are hard links to one content, so each folder is whole and the disk holds it once.
+"""
+
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TypeVar
+
+from filelock import FileLock, Timeout
+
+from qwen_image_tool.catalog import Catalog, Licence, Model, Variant
+from qwen_image_tool.errors import (
+    BadRequest,
+    Cancelled,
+    DownloadFailed,
+    LicenceNotAccepted,
+    ModelMissing,
+)
+from qwen_image_tool.store import verify
+from qwen_image_tool.store.download import Control, Effort, Progress, check_space, fetch
+from qwen_image_tool.store.formats import check_model, readable
+from qwen_image_tool.store.hub import Hub, Listing, RemoteFile, Transient
+from qwen_image_tool.store.places import Elsewhere
+from qwen_image_tool.store.record import (
+    PRIVATE,
+    Kept,
+    Record,
+    digest_file,
+    partial_path,
+    read_record,
+    settle,
+    write_record,
+)
+from qwen_image_tool.store.verify import Fault
+from qwen_image_tool.types import Event, Notice, Value
+
+TEXTS = (".json", ".txt", ".jinja", ".model")
+MAX_LICENCE = 1 << 20  # bytes
+PAUSE_POLL = 0.3  # seconds
+TRIES = 5
+
+Emit = Callable[[Event], None]
+Answer = TypeVar("Answer")
+
+
+class Accepted(Value):
+    """A licence the user agreed to, as it stood then."""
+
+    licence: str
+    url: str
+    at: datetime
+    text: str
+
+
+class Library:
+    """All that can be done with the models folder. `connect` is called when the hub is needed."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        models: Path,
+        connect: Callable[[], Hub],
+        elsewhere: Elsewhere | None = None,
+        effort: Effort | None = None,
+    ) -> None:
+        self.catalog, self.models = catalog, models
+        self._connect = connect
+        self._elsewhere = elsewhere or Elsewhere()
+        self._effort = effort or Effort()
+
+    def folder(self, model: Model) -> Path:
+        return self.models / model.id
+
+    def record(self, model: Model) -> Record | None:
+        """What was downloaded of `model`; None where nothing was. Raises ModelBroken."""
+        return read_record(self.folder(model))
+
+    # -- download ----------------------------------------------------------------------------
+
+    def download(
+        self,
+        model: Model,
+        variant: str = "",
+        emit: Emit = lambda _: None,
+        control: Control | None = None,
+        accept_licence: bool = False,
+        again: bool = False,
+    ) -> Path:
+        """Make `model` complete on this computer and return its folder.
+
+        Goes on where an earlier download stopped, and links what the disk already has. `again`
+        clears the folder first. Raises LicenceNotAccepted, DownloadFailed, Paused or Cancelled.
+        """
+        control = control or Control()
+        chosen = model.variant(variant)
+        if not model.repo:
+            raise BadRequest(f"{model.name} comes with the program.", "It needs no download.")
+        self._check_licence(model, accept_licence)
+        folder = self.folder(model)
+        with self._locked(folder):
+            if again:
+                self._clear(folder)
+            try:
+                with _pausable(folder, control):
+                    record = self._plan(folder, model, chosen)
+                    self._complete(folder, record, emit, control)
+            except Cancelled:
+                shutil.rmtree(folder / PRIVATE / "partial", ignore_errors=True)
+                raise
+            shutil.rmtree(folder / PRIVATE / "partial", ignore_errors=True)
+        if faults := verify.quick(folder, record, model.components):
+            raise DownloadFailed("hash", faults[0].message, "Run `qit models repair`.")
+        return folder
+
+    def to_fetch(self, model: Model, variant: str = "") -> int:
+        """Bytes that a download would still take, by the catalogue: components that another
+        installed model shares, and those that are here, don't count. Asks nobody."""
+        chosen = model.variant(variant)
+        sizes = {name: part.bytes for name, part in model.components.items()}
+        if chosen:
+            sizes["transformer"] = chosen.bytes
+        here = {path.split("/")[0] for path in self._present(model)}
+        for name in list(sizes):
+            owner = model.shares.get(name)
+            shared = owner and self._has_component(self.catalog.find(owner), name)
+            if shared or (name in here and not (chosen and name == "transformer")):
+                del sizes[name]
+        return sum(sizes.values())
+
+    def _present(self, model: Model) -> list[str]:
+        record = self.record(model)
+        folder = self.folder(model)
+        return [f.path for f in record.files if (folder / f.path).exists()] if record else []
+
+    def _has_component(self, model: Model, name: str) -> bool:
+        return any(path.startswith(f"{name}/") for path in self._present(model))
+
+    def _plan(self, folder: Path, model: Model, variant: Variant | None) -> Record:
+        """The files to have, pinned: an earlier record's stay as they are. Written to disk."""
+        name = variant.id if variant else "bf16"
+        old = read_record(folder) or Record(model=model.id)
+        if name in old.variants:
+            return old
+        hub = self._connect()
+        files = {file.path: file for file in old.files}
+        listing = self._pinned_listing(hub, model, old)
+        for file in _model_files(model, listing, bare=variant is not None):
+            files.setdefault(file.path, file)
+        if variant:
+            found = _variant_file(variant, _list(hub, variant.repo))
+            files[found.path] = found
+        self._distrust_strangers(folder, files, old)
+        record = Record(
+            model=model.id,
+            variants=(*old.variants, name),
+            files=tuple(files[path] for path in sorted(files)),
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        write_record(folder, record)
+        return record
+
+    def _pinned_listing(self, hub: Hub, model: Model, old: Record) -> Listing:
+        pinned = next((f.revision for f in old.files if f.repo == model.repo), model.revision)
+        return _list(hub, model.repo, pinned)
+
+    @staticmethod
+    def _distrust_strangers(folder: Path, files: dict[str, Kept], old: Record) -> None:
+        """Files that somebody put there are proven before they count; wrong ones make room."""
+        known = {file.path for file in old.files}
+        for file in files.values():
+            path = folder / file.path
+            if file.path not in known and path.is_file() and not _is(path, file):
+                path.unlink()
+
+    def _complete(self, folder: Path, record: Record, emit: Emit, control: Control) -> None:
+        progress = Progress(record.model, sum(file.size for file in record.files), emit)
+        wanted = []
+        for file in record.files:
+            if _size(folder / file.path) == file.size:
+                progress.have(file.size, file.path)
+            else:
+                wanted.append(file)
+        left = list(self._adopt(folder, wanted, progress, emit, control))
+        if left:
+            fetch(self._connect(), folder, left, progress, control, self._effort)
+
+    def _adopt(
+        self,
+        folder: Path,
+        wanted: Iterable[Kept],
+        progress: Progress,
+        emit: Emit,
+        control: Control,
+    ) -> Iterator[Kept]:
+        """Link what this disk has already; yields what it has not."""
+        wanted = list(wanted)
+        ours = self._our_files()
+        foreign = self._elsewhere.by_size() if wanted else {}
+        for file in wanted:
+            control.check()
+            partial = partial_path(folder, file)
+            candidates = [(path, True) for path in ours.get(file.identity, ())]
+            candidates += [(path, False) for path in foreign.get(file.size, ())]
+            source = next(((p, own) for p, own in candidates if _is(p, file)), None)
+            if source is None or not _link(*source, folder / file.path, partial):
+                yield file
+                continue
+            progress.have(file.size, file.path)
+            emit(Notice(text=f"{file.path}: already on this computer ({source[0]})."))
+
+    def _our_files(self) -> dict[str, list[Path]]:
+        """The other models' files by content."""
+        found: dict[str, list[Path]] = {}
+        for model in self.catalog.models:
+            record = read_record(self.folder(model))
+            for file in record.files if record else ():
+                path = self.folder(model) / file.path
+                if file.identity and _size(path) == file.size:
+                    found.setdefault(file.identity, []).append(path)
+        return found
+
+    # -- licence -----------------------------------------------------------------------------
+
+    def licence_text(self, model: Model) -> str:
+        """The licence's own text from the model's repository; its name and address where the
+        repository has none. Raises DownloadFailed."""
+        licence = self.catalog.licence_of(model)
+        hub = self._connect()
+        listing = _list(hub, model.repo, model.revision)
+        names = [n for n in listing.files if n.split(".")[0].upper() in ("LICENSE", "LICENCE")]
+        if not names or listing.files[names[0]].size > MAX_LICENCE:
+            return f"{licence.name}\n{licence.url}"
+        return _small_text(hub, listing, listing.files[names[0]])
+
+    def accepted(self, model: Model) -> Accepted | None:
+        try:
+            return Accepted.from_json(self._acceptance(model).read_bytes())
+        except (OSError, ValueError):
+            return None
+
+    def _acceptance(self, model: Model) -> Path:
+        return self.models / "licences" / f"{model.licence}.json"
+
+    def _check_licence(self, model: Model, accept: bool) -> None:
+        licence = self.catalog.licence_of(model)
+        if licence.commercial or self.accepted(model):
+            return
+        if not accept:
+            raise LicenceNotAccepted(
+                f"{model.name} is under the {licence.name}, which allows no commercial use:"
+                f" {licence.url}.",
+                "Read it, and add --yes-license if you agree.",
+            )
+        self._remember(model, licence)
+
+    def _remember(self, model: Model, licence: Licence) -> None:
+        path = self._acceptance(model)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        accepted = Accepted(
+            licence=licence.name,
+            url=licence.url,
+            at=datetime.now(UTC),
+            text=self.licence_text(model),
+        )
+        path.with_suffix(".tmp").write_text(accepted.to_json(), encoding="utf-8")
+        settle(path.with_suffix(".tmp"), path)
+
+    # -- verify, repair, remove --------------------------------------------------------------
+
+    def verify(
+        self,
+        model: Model,
+        full: bool = False,
+        emit: Emit = lambda _: None,
+        is_cancelled: Callable[[], bool] = lambda: False,
+    ) -> tuple[Fault, ...]:
+        """What is wrong with `model`. Raises ModelMissing (not here at all), Cancelled, and
+        BadRequest for a full check of files whose hashes nobody recorded."""
+        folder, record = self._existing(model)
+        if not full:
+            return verify.quick(folder, record, model.components)
+        if record is None:
+            raise BadRequest(
+                f"The hashes of {folder} are not known: its files were put there by hand.",
+                f"`qit models download {model.id}` proves them, and fetches only what is wrong.",
+            )
+        faults = {fault.path: fault for fault in verify.full(folder, record, emit, is_cancelled)}
+        for fault in verify.quick(folder, record, model.components):
+            faults[fault.path] = fault  # it names the damage closer than a wrong hash does
+        return tuple(faults.values())
+
+    def repair(
+        self,
+        model: Model,
+        emit: Emit = lambda _: None,
+        control: Control | None = None,
+        full: bool = True,
+    ) -> tuple[Fault, ...]:
+        """Fetch what is broken and nothing else; returns what was. Raises like `download`."""
+        control = control or Control()
+        faults = self.verify(model, full, emit, control.stopped.is_set)
+        folder, record = self._existing(model)
+        if record is None:
+            raise BadRequest(
+                f"The files of {folder} were put there by hand.",
+                f"`qit models download {model.id}` proves them, and fetches only what is wrong.",
+            )
+        known = {file.path for file in record.files}
+        with self._locked(folder), _pausable(folder, control):
+            for fault in faults:
+                if fault.path in known:
+                    (folder / fault.path).unlink(missing_ok=True)
+            self._complete(folder, record, emit, control)
+        return faults
+
+    def remove(self, model: Model, variant: str = "") -> int:
+        """Delete `model`, or one variant of it; returns the bytes that became free. What another
+        model shares stays with that one. Raises ModelMissing."""
+        folder, record = self._existing(model)
+        if variant and record:
+            chosen = model.variant(variant)
+            start = f"{VARIANTS}/{chosen.id}/" if chosen else "transformer/"
+            gone = [f for f in record.files if f.path.startswith(start) and _only(chosen, f)]
+            with self._locked(folder):
+                freed = sum(_delete(folder / file.path) for file in gone)
+                name = chosen.id if chosen else "bf16"
+                kept = tuple(file for file in record.files if file not in gone)
+                names = tuple(v for v in record.variants if v != name)
+                if names:
+                    write_record(folder, Record(model=model.id, variants=names, files=kept))
+                    return freed
+            return freed + self._clear(folder)
+        with self._locked(folder):
+            freed = self._clear(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        return freed
+
+    def pause(self, model: Model) -> None:
+        """Ask the process that downloads `model` to stop; it does within a second or so."""
+        folder, _ = self._existing(model)
+        (folder / PRIVATE).mkdir(exist_ok=True)
+        (folder / PRIVATE / "pause").touch()
+
+    def import_file(self, path: Path, model: Model) -> Path:
+        """Take a weight file of another program into `model`'s folder: linked where the disk
+        allows it, copied elsewhere. What it is, its keys and shapes say.
+
+        Raises ModelBroken, ModelUnsupported (can't be read yet) and BadRequest (another model's).
+        """
+        found = readable(path)
+        check_model(found, model, self.catalog)
+        folder = self.folder(model)
+        with self._locked(folder):
+            if found.kind == "transformer":
+                target = folder / VARIANTS / f"imported-{found.storage}" / path.name
+            else:
+                target = folder / VARIANTS / found.kind / path.name
+            size = path.stat().st_size
+            file = Kept(
+                path=target.relative_to(folder).as_posix(),
+                repo="",
+                revision="",
+                source=str(path),
+                size=size,
+            )
+            file = file.model_copy(update={"sha256": digest_file(path, file)[0].hex})
+            target.unlink(missing_ok=True)
+            if not _link(path, False, target, partial_path(folder, file)):
+                self._copy(path, target, folder, file)
+            old = read_record(folder) or Record(model=model.id)
+            files = {f.path: f for f in old.files} | {file.path: file}
+            write_record(folder, old.model_copy(update={"files": tuple(files.values())}))
+        return target
+
+    @staticmethod
+    def _copy(path: Path, target: Path, folder: Path, file: Kept) -> None:
+        check_space(folder, file.size)
+        partial = partial_path(folder, file)
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, partial)
+        settle(partial, target)
+
+    def _existing(self, model: Model) -> tuple[Path, Record | None]:
+        folder = self.folder(model)
+        if not folder.is_dir():
+            raise ModelMissing(
+                f"{model.name} is not in {self.models}.", f"`qit models download {model.id}`."
+            )
+        return folder, read_record(folder)
+
+    @staticmethod
+    def _clear(folder: Path) -> int:
+        """Empty a model's folder but for the lock that we hold."""
+        freed = 0
+        for path in sorted(folder.rglob("*"), reverse=True):
+            if path.is_dir() and not path.is_symlink():
+                if path.name != PRIVATE:
+                    path.rmdir()
+            elif path.name != "lock":
+                freed += _delete(path)
+        return freed
+
+    @contextmanager
+    def _locked(self, folder: Path) -> Iterator[None]:
+        """One process at a time changes a model; a killed one's lock is void."""
+        try:
+            (folder / PRIVATE).mkdir(parents=True, exist_ok=True)
+            lock = FileLock(folder / PRIVATE / "lock")
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise DownloadFailed(
+                "locked",
+                f"Another process is working on {folder}.",
+                "Wait for it, or stop it with `qit models pause`.",
+            ) from None
+        except OSError as error:
+            raise DownloadFailed(
+                "not writable",
+                f"{folder} can't be written ({error.strerror}).",
+                "Check who may write there, or set `models` in the config file.",
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+VARIANTS = "variants"  # sub-folder of a model's folder: one folder a variant of the transformer
+
+
+def _only(variant: Variant | None, file: Kept) -> bool:
+    """Configurations stay: the other variants need them too."""
+    return variant is not None or file.is_weights or file.path.endswith(".index.json")
+
+
+def _insist(ask: Callable[[], Answer], what: str) -> Answer:
+    """The answer to a short question, after a few tries. Raises DownloadFailed."""
+    from tenacity import (
+        Retrying,
+        retry_if_exception_type,
+        stop_after_attempt,
+        wait_random_exponential,
+    )
+
+    tries = Retrying(
+        retry=retry_if_exception_type(Transient),
+        stop=stop_after_attempt(TRIES),
+        wait=wait_random_exponential(0.2, 10),
+        reraise=True,
+    )
+    try:
+        return tries(ask)
+    except Transient as error:
+        raise DownloadFailed(
+            error.kind,
+            f"{what} can't be read: {error}.",
+            "Check the connection. Where huggingface.co can't be reached, set HF_ENDPOINT to a"
+            " mirror, or source = 'modelscope' in the config file.",
+        ) from error
+
+
+def _list(hub: Hub, repo: str, revision: str = "") -> Listing:
+    return _insist(lambda: hub.list(repo, revision), f"The list of files of {repo}")
+
+
+def _small_text(hub: Hub, listing: Listing, file: RemoteFile) -> str:
+    def read() -> str:
+        with hub.open(listing.repo, listing.revision, file) as body:
+            return b"".join(body.chunks).decode(errors="replace")
+
+    return _insist(read, file.path)
+
+
+def _model_files(model: Model, listing: Listing, bare: bool) -> list[Kept]:
+    """The files of a repository that make up the model; `bare`: without its own transformer.
+
+    Raises DownloadFailed where the repository lacks a part.
+    """
+    found = [file for file in listing.files.values() if _belongs(file.path, model, bare)]
+    paths = {file.path for file in found}
+    for name, part in model.components.items():
+        weights = any(p.startswith(f"{name}/") and p.endswith(".safetensors") for p in paths)
+        if part.bytes and not weights and not (bare and name == "transformer"):
+            raise _absent(f"{name}/*.safetensors", listing)
+    if "model_index.json" not in paths:
+        raise _absent("model_index.json", listing)
+    return [_kept(file, file.path, listing) for file in found]
+
+
+def _belongs(path: str, model: Model, bare: bool) -> bool:
+    top, _, rest = path.partition("/")
+    if not rest:
+        return path == "model_index.json" or path.split(".", maxsplit=1)[0].upper() == "LICENSE"
+    if top not in model.components or "/" in rest:
+        return False
+    if bare and top == "transformer":
+        return rest == "config.json"
+    return rest.endswith((*TEXTS, ".safetensors"))
+
+
+def _variant_file(variant: Variant, listing: Listing) -> Kept:
+    """Exactly the named file: never another one in its place."""
+    matches = [
+        file
+        for path, file in listing.files.items()
+        if path == variant.file or path.endswith(f"/{variant.file}")
+    ]
+    if len(matches) != 1:
+        raise _absent(variant.file, listing)
+    name = matches[0].path.rpartition("/")[2]
+    return _kept(matches[0], f"{VARIANTS}/{variant.id}/{name}", listing)
+
+
+def _absent(what: str, listing: Listing) -> DownloadFailed:
+    return DownloadFailed(
+        "not found",
+        f"{listing.repo} has no {what} at {listing.revision}.",
+        "Choose another variant, or update QwenImageTool. Nothing was fetched in its place.",
+    )
+
+
+def _kept(file: RemoteFile, path: str, listing: Listing) -> Kept:
+    return Kept(
+        path=path,
+        repo=listing.repo,
+        revision=listing.revision,
+        source=file.path,
+        size=file.size,
+        sha256=file.sha256,
+        git_sha1=file.git_sha1,
+    )
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
+def _is(path: Path, file: Kept) -> bool:
+    """Whether the content of `path` is proven to be that of `file`."""
+    try:
+        return (
+            _size(path) == file.size and bool(file.identity) and digest_file(path, file)[0].agrees
+        )
+    except OSError:
+        return False
+
+
+def _link(source: Path, own: bool, target: Path, partial: Path) -> bool:
+    """Give `target` the content of `source` without a second copy. Where the disk has no hard
+    links, a file of another program is linked to; one of ours is not, because it may be deleted."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    source = source.resolve()
+    for link in (os.link,) if own else (os.link, os.symlink):
+        partial.unlink(missing_ok=True)
+        try:
+            link(source, partial)
+        except OSError:
+            continue
+        partial.replace(target)
+        return True
+    return False
+
+
+def _delete(path: Path) -> int:
+    """Bytes that became free: none where another name for the content is left."""
+    found = path.lstat()
+    path.unlink()
+    return found.st_size if found.st_nlink == 1 and not path.is_symlink() else 0
+
+
+@contextmanager
+def _pausable(folder: Path, control: Control) -> Iterator[None]:
+    """Pause when another process leaves the sign to."""
+    sign = folder / PRIVATE / "pause"
+    sign.unlink(missing_ok=True)
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(PAUSE_POLL):
+            if sign.exists():
+                control.pause()
+                return
+
+    watcher = threading.Thread(target=watch, name="pause", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+        sign.unlink(missing_ok=True)

@@ -1,0 +1,130 @@
+"""What belongs into a model's folder: written before the first byte is fetched, and kept beside the
+files. A file under its final name has been proven against it."""
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from qwen_image_tool.errors import ModelBroken
+from qwen_image_tool.types import Value
+
+PRIVATE = ".qit"  # the sub-folder of a model's folder that is ours
+BLOCK = 1 << 20  # bytes hashed at once
+_ZEROS = bytes(BLOCK)
+
+
+class Kept(Value):
+    """One file: `path` in the model's folder, `source` in `repo` at `revision`."""
+
+    path: str
+    repo: str
+    revision: str
+    source: str
+    size: int
+    sha256: str = ""
+    git_sha1: str = ""
+
+    @property
+    def identity(self) -> str:
+        """Names the content: the same on every hub and in every folder."""
+        return self.sha256 or self.git_sha1
+
+    @property
+    def is_weights(self) -> bool:
+        return self.path.endswith((".safetensors", ".gguf"))
+
+
+class Record(Value):
+    """The files of one installed model, by path."""
+
+    model: str
+    variants: tuple[str, ...] = ()
+    files: tuple[Kept, ...] = ()
+
+
+def record_path(folder: Path) -> Path:
+    return folder / PRIVATE / "record.json"
+
+
+def partial_path(folder: Path, file: Kept) -> Path:
+    """Where the bytes of an unfinished file wait. Named by content: another version of the file
+    can't be continued with them."""
+    return folder / PRIVATE / "partial" / (file.identity or file.path.replace("/", "__"))
+
+
+def read_record(folder: Path) -> Record | None:
+    """None where the folder has none. Raises ModelBroken where it can't be read."""
+    path = record_path(folder)
+    try:
+        return Record.from_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValidationError) as error:
+        raise ModelBroken(
+            "unreadable", f"{path} can't be read.", "Delete that file and download again."
+        ) from error
+
+
+def write_record(folder: Path, record: Record) -> None:
+    path = record_path(folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".tmp").write_text(record.to_json(), encoding="utf-8")
+    settle(path.with_suffix(".tmp"), path)
+
+
+def settle(temporary: Path, final: Path) -> None:
+    """Give a file that is on disk in full its final name; after a power cut it has one or the
+    other, never half."""
+    with temporary.open("rb+") as file:
+        os.fsync(file.fileno())
+    temporary.replace(final)
+    if os.name == "posix":
+        directory = os.open(final.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+class Digest:
+    """A running hash of a file's content: SHA-256, or git's SHA-1 where that is all the hub has."""
+
+    def __init__(self, file: Kept) -> None:
+        self._wanted = file.identity
+        if file.sha256 or not file.git_sha1:
+            self._hash = hashlib.sha256()
+        else:
+            self._hash = hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
+
+    def update(self, data: bytes | memoryview) -> None:
+        self._hash.update(data)
+
+    @property
+    def hex(self) -> str:
+        return self._hash.hexdigest()
+
+    @property
+    def agrees(self) -> bool:
+        """Also true where no hash was published: then the size is all there is."""
+        return not self._wanted or self.hex == self._wanted
+
+
+def digest_file(
+    path: Path, file: Kept, progress: Callable[[int], None] = lambda _: None
+) -> tuple[Digest, bool]:
+    """The hash of all that is at `path`, and whether a whole block of it is zeros.
+
+    `progress` gets the bytes of each block. Raises OSError.
+    """
+    digest, zeros = Digest(file), False
+    buffer = bytearray(BLOCK)
+    view = memoryview(buffer)
+    with path.open("rb", buffering=0) as stream:
+        while count := stream.readinto(view):
+            digest.update(view[:count])
+            zeros = zeros or (count == BLOCK and buffer == _ZEROS)
+            progress(count)
+    return digest, zeros

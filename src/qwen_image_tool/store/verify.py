@@ -1,0 +1,235 @@
+"""Is a model whole? Quick: names, sizes, headers, indexes. Full: every byte's hash."""
+
+import json
+import os
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from qwen_image_tool.errors import Cancelled, FaultKind, ModelBroken
+from qwen_image_tool.store.headers import SUFFIXES, Header, read_header
+from qwen_image_tool.store.record import Kept, Record, digest_file, partial_path
+from qwen_image_tool.types import Event, Value, VerifyProgress
+
+MAX_JSON = 32 << 20  # bytes; a tokenizer's file has 11 MB
+REPORT_EVERY = 64 << 20  # bytes between two events
+
+
+class Fault(Value):
+    """A file that is not what was published, and how."""
+
+    path: str
+    kind: FaultKind
+    message: str
+
+
+def quick(folder: Path, record: Record | None, components: Iterable[str]) -> tuple[Fault, ...]:
+    """Faults that show without reading a tensor: in well under a second for any model.
+
+    Without a record (a folder that somebody put there) the files are checked against their own
+    headers and indexes alone.
+    """
+    faults = {fault.path: fault for fault in (_sizes(folder, record) if record else ())}
+    for name in components:
+        if (folder / name).is_dir():
+            for fault in check_component(folder / name, f"{name}/"):
+                if fault.kind == "swapped":  # says more than that the size is another
+                    faults[fault.path] = fault
+                faults.setdefault(fault.path, fault)
+    return tuple(faults.values())
+
+
+def check_component(folder: Path, prefix: str = "") -> list[Fault]:
+    """Every weight file has a sound header, and holds the tensors its index says."""
+    faults: list[Fault] = []
+    headers: dict[str, Header] = {}
+    for file in sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES):
+        try:
+            headers[file.name] = read_header(file)
+        except ModelBroken as error:
+            faults.append(Fault(path=prefix + file.name, kind=error.kind, message=error.message))
+    known = {fault.path for fault in faults}
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        try:
+            found = _check_index(folder, index, headers, prefix)
+        except ModelBroken as error:
+            found = [Fault(path=prefix + index.name, kind=error.kind, message=error.message)]
+        faults += [fault for fault in found if fault.path not in known]
+    return faults
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises ModelBroken."""
+    try:
+        if path.stat().st_size > MAX_JSON:
+            raise ModelBroken("unreadable", f"The file {path} is too long.", AGAIN)
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelBroken("missing", f"The file {path} is missing.", AGAIN) from None
+    except (ValueError, OSError, RecursionError) as error:
+        raise ModelBroken(
+            "unreadable", f"The file {path} can't be read ({error}).", AGAIN
+        ) from error
+    if not isinstance(data, dict):
+        raise ModelBroken("unreadable", f"The file {path} is not what it should be.", AGAIN)
+    return data
+
+
+AGAIN = "Download the model again, or give --model a folder that is complete."
+
+
+def _sizes(folder: Path, record: Record) -> Iterable[Fault]:
+    for file in record.files:
+        kind, what = _size_fault(folder, file)
+        if kind:
+            yield Fault(path=file.path, kind=kind, message=f"The file {folder / file.path} {what}.")
+
+
+def _size_fault(folder: Path, file: Kept) -> tuple[FaultKind | None, str]:
+    try:
+        size = (folder / file.path).stat().st_size
+    except OSError:
+        begun = partial_path(folder, file)
+        if begun.exists():
+            have = begun.stat().st_size
+            return "interrupted", f"was not fetched to its end ({have} of {file.size} bytes)"
+        return "missing", "is missing"
+    if size == file.size:
+        return None, ""
+    if file.is_weights and (kind := _impostor(folder / file.path)):
+        return kind
+    kind_of_size: FaultKind = "truncated" if size < file.size else "too long"
+    return kind_of_size, f"has {size} bytes, and {file.size} were published"
+
+
+def _impostor(path: Path) -> tuple[FaultKind, str] | None:
+    """A web page, a pointer or zeros in place of weights say so in their first bytes."""
+    try:
+        read_header(path)
+    except ModelBroken as error:
+        if error.kind in ("web page", "pointer", "zero-filled"):
+            return error.kind, error.message.partition(str(path))[2].strip(" .")
+    return None
+
+
+def _check_index(folder: Path, index: Path, headers: dict[str, Header], prefix: str) -> list[Fault]:
+    shards = _shards(index)
+    faults = []
+    for name, tensors in shards.items():
+        path = folder / name
+        if not path.is_file():
+            message = f"The file {path} is missing."
+            faults.append(Fault(path=prefix + name, kind="missing", message=message))
+        elif name in headers and tensors != set(headers[name].tensors):
+            faults.append(_wrong_shard(prefix, path, set(headers[name].tensors), shards))
+    return faults
+
+
+def _wrong_shard(prefix: str, path: Path, found: set[str], shards: dict[str, set[str]]) -> Fault:
+    """A sound file that is not the one the index means."""
+    twin = next((name for name, tensors in shards.items() if tensors == found), "")
+    if twin:
+        return Fault(
+            path=prefix + path.name,
+            kind="swapped",
+            message=f"The file {path} has the content of {twin}.",
+        )
+    return Fault(
+        path=prefix + path.name,
+        kind="index",
+        message=f"The file {path} holds other tensors than its index says.",
+    )
+
+
+def _shards(index: Path) -> dict[str, set[str]]:
+    """File name -> the tensors it has to hold. Raises ModelBroken; no name leaves the folder."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelBroken("index", f"The file {index} names no weights.", AGAIN)
+    shards: dict[str, set[str]] = {}
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or Path(name).name != name or "\\" in name or ":" in name:
+            raise ModelBroken("index", f"The file {index} names a file outside its folder.", AGAIN)
+        shards.setdefault(name, set()).add(tensor)
+    return shards
+
+
+def full(
+    folder: Path,
+    record: Record,
+    emit: Callable[[Event], None] = lambda _: None,
+    is_cancelled: Callable[[], bool] = lambda: False,
+    workers: int | None = None,
+) -> tuple[Fault, ...]:
+    """Hash every file of the record, on all cores. Raises Cancelled."""
+    count = _Count(record, emit, is_cancelled)
+
+    def check(file: Kept) -> Fault | None:
+        return _check_hash(folder, file, record, lambda n: count.add(n, file.path))
+
+    largest_first = sorted(record.files, key=lambda file: -file.size)
+    with ThreadPoolExecutor(workers or os.cpu_count() or 1, thread_name_prefix="verify") as pool:
+        jobs = [pool.submit(check, file) for file in largest_first]
+        try:
+            return tuple(fault for job in jobs if (fault := job.result()))
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Count:
+    def __init__(
+        self, record: Record, emit: Callable[[Event], None], is_cancelled: Callable[[], bool]
+    ) -> None:
+        self._model, self._emit, self._is_cancelled = record.model, emit, is_cancelled
+        self._total = sum(file.size for file in record.files)
+        self._done = self._said = 0
+        self._lock = threading.Lock()
+
+    def add(self, count: int, file: str) -> None:
+        if self._is_cancelled():
+            raise Cancelled("Stopped.", "Nothing was changed.")
+        with self._lock:
+            self._done += count
+            if self._done - self._said >= REPORT_EVERY or self._done >= self._total:
+                self._said = self._done
+                self._emit(
+                    VerifyProgress(
+                        model=self._model,
+                        done_bytes=self._done,
+                        total_bytes=self._total,
+                        file=file,
+                    )
+                )
+
+
+def _check_hash(
+    folder: Path, file: Kept, record: Record, progress: Callable[[int], None]
+) -> Fault | None:
+    kind, what = _size_fault(folder, file)
+    path = folder / file.path
+    if not kind:
+        try:
+            digest, zeros = digest_file(path, file, progress)
+        except OSError as error:
+            kind, what = "unreadable", f"can't be read ({error.strerror})"
+        else:
+            if digest.agrees:
+                return None
+            kind, what = _diagnose(path, file, digest.hex, zeros, record)
+    return Fault(path=file.path, kind=kind, message=f"The file {path} {what}.")
+
+
+def _diagnose(
+    path: Path, file: Kept, found: str, zeros: bool, record: Record
+) -> tuple[FaultKind, str]:
+    """How a file of the right size came to have the wrong hash."""
+    twin = next((other.path for other in record.files if other.identity == found), "")
+    if twin:
+        return "swapped", f"has the content of {twin}"
+    if file.is_weights and (impostor := _impostor(path)):
+        return impostor
+    if zeros:
+        return "zero-filled", "has zeros where bytes were never written"
+    return "changed", "has changed: its hash is not the published one"

@@ -1,0 +1,625 @@
+"""Downloads with the real client from a local hub that fails in every way we know."""
+
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import QwenImageTransformer2DModel
+
+import tiny
+import tiny21
+from hub import Fault, LocalHub, download, is_lfs, serve
+from qwen_image_tool.catalog import Model, load_catalog
+from qwen_image_tool.errors import (
+    BadRequest,
+    Cancelled,
+    DownloadFailed,
+    LicenceNotAccepted,
+    Paused,
+)
+from qwen_image_tool.store import locate
+from qwen_image_tool.store.download import Control, Effort
+from qwen_image_tool.store.hub import Hub, connect, safe_name
+from qwen_image_tool.store.library import Library
+from qwen_image_tool.store.places import Elsewhere
+from qwen_image_tool.store.record import PRIVATE
+from qwen_image_tool.types import DownloadProgress, Event
+
+CATALOG = load_catalog()
+T2I = CATALOG.find("qwen-image")
+TURBO, BASE21 = CATALOG.find("qwen-image-2.1-turbo"), CATALOG.find("qwen-image-2.1")
+QUICK = Effort(tries=4, first_wait=0.01, longest_wait=0.05)
+SHARD = "transformer/diffusion_pytorch_model-00002-of-"
+
+
+@pytest.fixture(scope="session")
+def repos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny, real repositories of both families, several shards each."""
+    root = tmp_path_factory.mktemp("repos")
+    tiny.save(root / "qwen-image")
+    transformer = QwenImageTransformer2DModel.from_pretrained(
+        root / "qwen-image" / "transformer", dtype=torch.bfloat16
+    )
+    shutil.rmtree(root / "qwen-image" / "transformer")
+    transformer.save_pretrained(root / "qwen-image" / "transformer", max_shard_size="60KB")
+    tiny21.save(root / "qwen-image-2.1")
+    tiny21.save(root / "qwen-image-2.1-turbo", seed=1)
+    return root
+
+
+@pytest.fixture
+def hub(repos: Path) -> Iterator[LocalHub]:
+    with serve() as hub:
+        for name in ("qwen-image", "qwen-image-2.1", "qwen-image-2.1-turbo"):
+            hub.add_folder(CATALOG.find(name).repo, repos / name)
+        hub.repos["Qwen/Qwen-Image-2512"] = dict(hub.repos["Qwen/Qwen-Image"])
+        hub.repos["city96/Qwen-Image-gguf"] = {"qwen-image-Q4_K_M.gguf": os.urandom(50_000)}
+        yield hub
+
+
+@pytest.fixture
+def library(hub: LocalHub, tmp_path: Path) -> Library:
+    return library_of(hub.endpoint, tmp_path / "models")
+
+
+def library_of(endpoint: str, models: Path, elsewhere: Elsewhere | None = None) -> Library:
+    reached = Hub(endpoint, token="secret", local=True, stall_seconds=0.5)
+    return Library(CATALOG, models, lambda: reached, elsewhere, QUICK)
+
+
+def published(hub: LocalHub, model: Model) -> dict[str, bytes]:
+    return hub.repos[model.repo]
+
+
+def assert_whole(hub: LocalHub, library: Library, model: Model) -> None:
+    """Every file is there with the published bytes, and nothing else is."""
+    folder = library.folder(model)
+    for name, data in published(hub, model).items():
+        assert (folder / name).read_bytes() == data, name
+    left = [p for p in folder.rglob("*") if p.is_file() and PRIVATE not in p.parts]
+    assert len(left) == len(published(hub, model))
+    assert not (folder / PRIVATE / "partial").exists()
+    assert library.verify(model, full=True) == ()
+
+
+def assert_nothing_false(hub: LocalHub, folder: Path, model: Model) -> None:
+    """What has a final name is whole, whatever happened."""
+    for name, data in published(hub, model).items():
+        if (folder / name).exists():
+            assert (folder / name).read_bytes() == data, f"{name} is not whole"
+
+
+def test_a_download_is_whole_and_runs_with_it(hub: LocalHub, library: Library) -> None:
+    events: list[Event] = []
+    folder = library.download(T2I, emit=events.append)
+    assert_whole(hub, library, T2I)
+    assert locate("qwen-image", CATALOG, library.models).folder == folder
+    total = sum(map(len, published(hub, T2I).values()))
+    last = events[-1]
+    assert isinstance(last, DownloadProgress)
+    assert last.done_bytes == last.total_bytes == total
+    weights = sum(len(d) for name, d in published(hub, T2I).items() if is_lfs(name))
+    assert sum(count for name, count in hub.sent.items() if is_lfs(name)) == weights
+    hub.requests.clear()
+    library.download(T2I)
+    assert not hub.requests, "a complete model asks nobody"
+
+
+def test_the_revision_stays_pinned(hub: LocalHub, library: Library) -> None:
+    library.download(T2I)
+    record = library.record(T2I)
+    assert record
+    assert {file.revision for file in record.files} == {hub.commit(T2I.repo)}
+
+
+def test_the_token_goes_to_the_hub_and_not_to_the_cdn(hub: LocalHub, library: Library) -> None:
+    library.download(T2I)
+    tokens = {(seen.where, seen.token) for seen in hub.requests}
+    assert tokens == {("api", "Bearer secret"), ("hub", "Bearer secret"), ("cdn", "")}
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "token"),
+    [("https://huggingface.co", "secret"), ("https://hf-mirror.com", None)],
+)
+def test_no_token_goes_to_a_mirror(
+    endpoint: str, token: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    assert connect().token == token
+    assert connect("modelscope").token is None
+
+
+def test_an_http_mirror_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://mirror.example")
+    with pytest.raises(BadRequest, match="https"):
+        connect()
+
+
+MENDED = {
+    "cut": [Fault("cut", 3, 9_000, match=SHARD)],
+    "cut at once": [Fault("cut", 3, 0, match=SHARD)],
+    "dropped": [Fault("drop", 3, match=SHARD)],
+    "stalled": [Fault("stall", 1, 20_000, match=SHARD)],
+    "busy": [Fault("429", 3, where="api"), Fault("429", 2, match=SHARD)],
+    "500": [Fault("500", 3, where="hub"), Fault("500", 2, where="api")],
+    "503": [Fault("503", 3, match=SHARD)],
+    "too long": [Fault("length+1000", 1, match=SHARD)],
+    "too short": [Fault("length-1000", 2, match=SHARD)],
+    "flipped": [Fault("flip", 1, match=SHARD)],
+    "flipped twice": [Fault("flip", 2, match="text_encoder")],
+    "web page": [Fault("html", 2, match=SHARD), Fault("html", 2, where="api")],
+    "416": [Fault("416", 1, match=SHARD)],
+}
+
+
+@pytest.mark.parametrize("faults", MENDED.values(), ids=MENDED)
+@pytest.mark.parametrize("model", [T2I, TURBO], ids=["20B", "2.1"])
+def test_what_goes_away_is_outlasted(
+    hub: LocalHub, library: Library, model: Model, faults: list[Fault]
+) -> None:
+    hub.faults = [Fault(f.kind, f.times, f.at, f.where, f.match) for f in faults]
+    library.download(model, accept_licence=True)
+    assert_whole(hub, library, model)
+    assert not any(fault.times for fault in hub.faults), "the fault was met"
+
+
+FINAL = {
+    "cut": (Fault("cut", 99, 0, match=SHARD), "network"),
+    "stalled": (Fault("stall", 99, 0, match=SHARD), "stalled"),
+    "busy": (Fault("429", 99, match=SHARD), "busy"),
+    "500": (Fault("500", 99, match=SHARD), "server"),
+    "api 503": (Fault("503", 99, where="api"), "server"),
+    "flipped": (Fault("flip", 99, match=SHARD), "hash"),
+    "web page": (Fault("html", 99, match=SHARD), "web page"),
+    "etag": (Fault("etag", 1, where="hub", match=SHARD), "changed"),
+    "loop": (Fault("loop", 99, match=SHARD), "redirect"),
+    "403": (Fault("403", 1, match=SHARD), "no access"),
+    "401": (Fault("401", 1, where="hub", match=SHARD), "no access"),
+    "404": (Fault("404", 1, match=SHARD), "not found"),
+    "410": (Fault("410", 1, match=SHARD), "server"),
+}
+
+
+@pytest.mark.parametrize(("fault", "kind"), FINAL.values(), ids=FINAL)
+def test_what_stays_is_said_and_then_resumed(
+    hub: LocalHub, library: Library, fault: Fault, kind: str
+) -> None:
+    hub.faults = [Fault(fault.kind, fault.times, fault.at, fault.where, fault.match)]
+    with pytest.raises(DownloadFailed) as caught:
+        library.download(T2I)
+    assert caught.value.kind == kind
+    assert caught.value.hint
+    assert_nothing_false(hub, library.folder(T2I), T2I)
+    hub.faults.clear()
+    library.download(T2I)
+    assert_whole(hub, library, T2I)
+
+
+def test_a_cut_download_fetches_no_byte_twice(hub: LocalHub, library: Library) -> None:
+    hub.faults = [Fault("cut", 1, 30_000, match=SHARD), Fault("drop", 99, match=SHARD)]
+    library._effort = Effort(tries=1, first_wait=0.01)
+    with pytest.raises(DownloadFailed):
+        library.download(T2I)
+    hub.faults.clear()
+    library.download(T2I)
+    for name, data in published(hub, T2I).items():
+        assert hub.sent[name] == len(data) or not is_lfs(name), name
+
+
+def test_a_server_without_range_still_ends(hub: LocalHub, library: Library) -> None:
+    hub.ignore_range = True
+    hub.faults = [Fault("cut", 2, 30_000, match=SHARD)]
+    library.download(T2I)
+    assert_whole(hub, library, T2I)
+
+
+def test_a_gated_repository_names_the_way_in(hub: LocalHub, tmp_path: Path) -> None:
+    hub.gated = True
+    open_hub = Hub(hub.endpoint, local=True)
+    library = Library(CATALOG, tmp_path / "models", lambda: open_hub, None, QUICK)
+    with pytest.raises(DownloadFailed, match="log in") as caught:
+        library.download(T2I)
+    assert caught.value.kind == "no access"
+
+
+def test_an_unknown_revision(hub: LocalHub, library: Library) -> None:
+    moved = T2I.model_copy(update={"revision": "0" * 40})
+    with pytest.raises(DownloadFailed) as caught:
+        library.download(moved)
+    assert caught.value.kind == "not found"
+
+
+def test_a_missing_repository(hub: LocalHub, library: Library) -> None:
+    with pytest.raises(DownloadFailed) as caught:
+        library.download(CATALOG.find("qwen-image-edit"))
+    assert caught.value.kind == "not found"
+
+
+@pytest.mark.parametrize(
+    "target", ["http://example.com/x", "https://127.0.0.1:1/x", "https://169.254.169.254/latest"]
+)
+def test_unsafe_redirects_are_not_followed(
+    repos: Path, tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with serve() as hub:
+        hub.add_folder(T2I.repo, repos / "qwen-image")
+        hub.faults = [Fault("to " + target, 99, where="hub", match=".json")]
+        strict = Hub(hub.endpoint)
+        library = Library(CATALOG, tmp_path / "models", lambda: strict, None, QUICK)
+        with pytest.raises(DownloadFailed) as caught:
+            library.download(T2I)
+        assert caught.value.kind == "redirect"
+
+
+def test_a_false_certificate_is_refused(repos: Path, tmp_path: Path) -> None:
+    made = tmp_path / "made.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+    command += ["-subj", "/CN=127.0.0.1", "-keyout", str(made), "-out", str(tmp_path / "cert")]
+    subprocess.run(command, check=True, capture_output=True)
+    made.write_bytes(made.read_bytes() + (tmp_path / "cert").read_bytes())
+    with serve(made) as hub, pytest.raises(DownloadFailed) as caught:
+        library_of(hub.endpoint, tmp_path / "models").download(T2I)
+    assert caught.value.kind == "tls"
+    assert "SSL_CERT_FILE" in caught.value.hint
+
+
+def test_no_connection_at_all(tmp_path: Path) -> None:
+    library = library_of("http://127.0.0.1:9", tmp_path / "models")
+    with pytest.raises(DownloadFailed, match="HF_ENDPOINT") as caught:
+        library.download(T2I)
+    assert caught.value.kind == "network"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../x",
+        "/x",
+        "a/../b",
+        "a//b",
+        "a\\b",
+        "C:x",
+        "nul.json",
+        "a/con",
+        "x.",
+        "",
+        "a\nb",
+        "x" * 300,
+    ],
+)
+def test_names_stay_in_the_folder(name: str) -> None:
+    with pytest.raises(DownloadFailed) as caught:
+        safe_name(name)
+    assert caught.value.kind == "bad name"
+
+
+def test_a_repository_with_a_bad_name_is_refused(hub: LocalHub, library: Library) -> None:
+    published(hub, T2I)["transformer/../../evil.safetensors"] = b"x"
+    with pytest.raises(DownloadFailed):
+        library.download(T2I)
+    assert not list(library.models.rglob("evil*"))
+
+
+def test_only_weights_and_texts_are_fetched(hub: LocalHub, library: Library) -> None:
+    extra = {"transformer/run.py": b"1", "model.ckpt": b"1", "transformer/x.bin": b"1"}
+    published(hub, T2I).update(extra)
+    folder = library.download(T2I)
+    assert not [name for name in extra if (folder / name).exists()]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of half a megabyte."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(disk)]
+    subprocess.run(mount, check=True)
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_too_small_a_disk_is_said_before(hub: LocalHub, small_disk: Path) -> None:
+    library = library_of(hub.endpoint, small_disk)
+    with pytest.raises(DownloadFailed, match="still to come") as caught:
+        library.download(T2I)
+    assert caught.value.kind == "disk full"
+    assert not hub.sent
+
+
+def test_a_disk_that_fills_up_meanwhile(
+    hub: LocalHub, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwen_image_tool.store.download.check_space", lambda *_: None)
+    library = library_of(hub.endpoint, small_disk)
+    with pytest.raises(DownloadFailed, match="is full") as caught:
+        library.download(T2I)
+    assert caught.value.kind == "disk full"
+    assert_nothing_false(hub, library.folder(T2I), T2I)
+    subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
+    library.download(T2I)
+    assert_whole(hub, library, T2I)
+
+
+def test_a_folder_that_can_not_be_written(hub: LocalHub, tmp_path: Path) -> None:
+    (tmp_path / "models").write_text("a file, not a folder")
+    with pytest.raises(DownloadFailed) as caught:
+        library_of(hub.endpoint, tmp_path / "models").download(T2I)
+    assert caught.value.kind == "not writable"
+
+
+def test_pause_and_resume(hub: LocalHub, library: Library) -> None:
+    hub.bytes_per_second = 300_000
+    control = Control()
+    threading.Timer(0.4, control.pause).start()
+    with pytest.raises(Paused, match="goes on from there"):
+        library.download(T2I, control=control)
+    assert_nothing_false(hub, library.folder(T2I), T2I)
+    hub.bytes_per_second = 0
+    kept = {p.name: p.stat().st_size for p in (library.folder(T2I) / PRIVATE / "partial").iterdir()}
+    assert sum(kept.values()) > 0
+    hub.requests.clear()
+    library.download(T2I)
+    assert_resumed(hub, kept)
+    assert_whole(hub, library, T2I)
+
+
+def assert_resumed(hub: LocalHub, kept: dict[str, int]) -> None:
+    """Every file that had begun was asked for from the byte where it stopped."""
+    for repo in hub.repos.values():
+        for name, data in repo.items():
+            size = kept.get(hashlib.sha256(data).hexdigest(), 0)
+            asked = [s.range for s in hub.requests if s.path.endswith(name) and s.where == "cdn"]
+            if 0 < size < len(data) and asked:
+                assert asked[0] == f"bytes={size}-", name
+
+
+def test_another_process_can_pause(hub: LocalHub, library: Library) -> None:
+    hub.bytes_per_second = 200_000
+    threading.Timer(0.5, lambda: library.pause(T2I)).start()
+    started = time.monotonic()
+    with pytest.raises(Paused):
+        library.download(T2I)
+    assert time.monotonic() - started < 3
+
+
+def test_cancel_deletes_what_came(hub: LocalHub, library: Library) -> None:
+    hub.bytes_per_second = 300_000
+    control = Control()
+    threading.Timer(0.4, control.cancel).start()
+    with pytest.raises(Cancelled):
+        library.download(T2I, control=control)
+    assert not (library.folder(T2I) / PRIVATE / "partial").exists()
+
+
+def test_two_at_once_are_refused(hub: LocalHub, library: Library) -> None:
+    hub.bytes_per_second = 300_000
+    control = Control()
+    first = threading.Thread(
+        target=lambda: _quietly(lambda: library.download(T2I, control=control))
+    )
+    first.start()
+    time.sleep(0.3)
+    with pytest.raises(DownloadFailed) as caught:
+        library_of(hub.endpoint, library.models).download(T2I)
+    assert caught.value.kind == "locked"
+    control.pause()
+    first.join()
+
+
+def _quietly(run: Callable[[], object]) -> None:
+    with contextlib.suppress(Paused):
+        run()
+
+
+# -- sharing ---------------------------------------------------------------------------------
+
+
+def test_shared_components_are_stored_once(hub: LocalHub, library: Library) -> None:
+    library.download(BASE21, accept_licence=True)
+    before = sum(hub.sent.values())
+    library.download(TURBO)
+    assert_whole(hub, library, TURBO)
+    fetched = sum(hub.sent.values()) - before
+    own = [d for name, d in published(hub, TURBO).items() if name.startswith("transformer/")]
+    assert fetched < sum(map(len, own)) + 10_000
+    encoder = "text_encoder/model-00001-of-00004.safetensors"
+    one, two = library.folder(BASE21) / encoder, library.folder(TURBO) / encoder
+    assert one.samefile(two)
+    freed = library.remove(BASE21)
+    assert freed < sum(map(len, published(hub, BASE21).values())) / 2
+    assert not library.folder(BASE21).exists()
+    assert_whole(hub, library, TURBO)
+
+
+def test_what_turbo_adds_is_known_before(library: Library) -> None:
+    assert library.to_fetch(TURBO) == TURBO.weight_bytes
+    library.download(BASE21, accept_licence=True)
+    assert library.to_fetch(TURBO) == TURBO.components["transformer"].bytes
+
+
+def test_the_hugging_face_cache_is_used_and_not_changed(
+    hub: LocalHub, repos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwen_image_tool.store.places.SMALLEST", 1)
+    blobs = tmp_path / "cache" / "models--Qwen--Qwen-Image" / "blobs"
+    snapshot = blobs.parent / "snapshots" / hub.commit(T2I.repo)
+    for name, data in published(hub, T2I).items():
+        blob = blobs / hashlib.sha256(data).hexdigest()
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        blobs.mkdir(exist_ok=True)
+        blob.write_bytes(data)
+        (snapshot / name).symlink_to(blob)
+    elsewhere = Elsewhere(tmp_path / "cache")
+    found = locate("qwen-image", CATALOG, tmp_path / "models", elsewhere)
+    assert found.folder == snapshot
+    before = {p: p.stat().st_mtime_ns for p in blobs.iterdir()}
+    library = library_of(hub.endpoint, tmp_path / "models", elsewhere)
+    library.download(T2I)
+    assert sum(hub.sent.values()) == 0
+    assert_whole(hub, library, T2I)
+    assert {p: p.stat().st_mtime_ns for p in blobs.iterdir()} == before
+
+
+def test_a_stranger_of_the_same_size_is_not_taken(
+    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwen_image_tool.store.places.SMALLEST", 1)
+    other = tmp_path / "ComfyUI"
+    other.mkdir()
+    for index, data in enumerate(published(hub, T2I).values()):
+        (other / f"{index}.safetensors").write_bytes(os.urandom(len(data)))
+    library = library_of(hub.endpoint, tmp_path / "models", Elsewhere(None, (other,)))
+    library.download(T2I)
+    assert_whole(hub, library, T2I)
+
+
+def test_files_put_there_by_hand_are_proven(hub: LocalHub, repos: Path, library: Library) -> None:
+    folder = library.folder(T2I)
+    shutil.copytree(repos / "qwen-image", folder)
+    [shard] = folder.glob(SHARD + "*")
+    good = shard.read_bytes()
+    shard.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    with pytest.raises(BadRequest, match="by hand"):
+        library.verify(T2I, full=True)
+    library.download(T2I)
+    assert_whole(hub, library, T2I)
+    assert {name for name in hub.sent if is_lfs(name)} == {shard.relative_to(folder).as_posix()}
+
+
+# -- licence, variants, again ----------------------------------------------------------------
+
+
+def test_the_licence_is_asked_once_and_remembered(hub: LocalHub, library: Library) -> None:
+    with pytest.raises(LicenceNotAccepted, match="no commercial use") as caught:
+        library.download(BASE21)
+    assert "--yes-license" in caught.value.hint
+    assert not hub.sent
+    assert "Not for commercial use" in library.licence_text(BASE21)
+    library.download(BASE21, accept_licence=True)
+    accepted = library.accepted(TURBO)
+    assert accepted
+    assert "Not for commercial use" in accepted.text
+    library.download(TURBO)
+
+
+def test_a_variant_is_the_named_file_or_an_error(hub: LocalHub, library: Library) -> None:
+    folder = library.download(T2I, "q4_k_m")
+    assert (folder / "variants" / "Q4_K_M" / "qwen-image-Q4_K_M.gguf").is_file()
+    assert (folder / "transformer" / "config.json").is_file()
+    assert not list((folder / "transformer").glob("*.safetensors"))
+    with pytest.raises(BadRequest, match="only Q4_K_M is here"):
+        locate("qwen-image", CATALOG, library.models)
+    with pytest.raises(DownloadFailed, match=r"has no qwen-image-Q5_K_M\.gguf"):
+        library.download(T2I, "Q5_K_M")
+    with pytest.raises(BadRequest, match="Did you mean"):
+        library.download(T2I, "Q4_K_N")
+    library.download(T2I)
+    assert locate("qwen-image", CATALOG, library.models).folder == folder
+    assert library.remove(T2I, "Q4_K_M") == 50_000
+    assert_whole(hub, library, T2I)
+
+
+def test_again_starts_from_nothing(hub: LocalHub, library: Library) -> None:
+    library.download(T2I)
+    first = sum(hub.sent.values())
+    library.download(T2I, again=True)
+    assert sum(hub.sent.values()) == 2 * first
+    assert_whole(hub, library, T2I)
+
+
+# -- kill -9 ---------------------------------------------------------------------------------
+
+
+def test_fifty_kills_lose_nothing_and_claim_nothing(hub: LocalHub, tmp_path: Path) -> None:
+    """SIGKILL at random points; afterwards what has a name is whole, and what came is not fetched
+    again."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["qwen_image_tool.store.library", "huggingface_hub.hf_api"])
+    library = library_of(hub.endpoint, tmp_path / "models")
+    folder = library.folder(T2I)
+    rng = random.Random(1)
+    kills = false_complete = lost = 0
+    while kills < 50:
+        hub.bytes_per_second = 150_000
+        kept = _sizes(folder / PRIVATE / "partial")
+        hub.requests.clear()
+        child = context.Process(target=download, args=(hub.endpoint, str(library.models)))
+        child.start()
+        _wait_for(lambda child=child: hub.requests or not child.is_alive())  # type: ignore[misc]
+        child.join(rng.uniform(0, 0.6))
+        if child.is_alive():
+            assert child.pid
+            os.kill(child.pid, signal.SIGKILL)
+            child.join()
+            kills += 1
+        else:
+            assert child.exitcode == 0
+            assert_whole(hub, library, T2I)
+            library.remove(T2I)
+            continue
+        assert_resumed(hub, kept)
+        false_complete += _claims_falsely(hub, library)
+        now = _sizes(folder / PRIVATE / "partial")
+        lost += sum(now.get(name, size) < size for name, size in kept.items())
+    hub.bytes_per_second = 0
+    library.download(T2I)
+    assert_whole(hub, library, T2I)
+    assert (lost, false_complete) == (0, 0)
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {p.name: p.stat().st_size for p in folder.iterdir()} if folder.is_dir() else {}
+
+
+def _claims_falsely(hub: LocalHub, library: Library) -> bool:
+    """Says it is whole without being so, or has a final name without the content."""
+    folder = library.folder(T2I)
+    assert_nothing_false(hub, folder, T2I)
+    record = library.record(T2I)
+    whole = all((folder / name).exists() for name in published(hub, T2I))
+    return bool(record) and not library.verify(T2I) and not whole
+
+
+def _wait_for(happened: Callable[[], object], seconds: float = 20) -> None:
+    until = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < until, "nothing happened"
+        time.sleep(0.005)
+
+
+def test_modelscope(repos: Path, tmp_path: Path) -> None:
+    """Its listing has its own form; the rest is the same."""
+    with serve() as hub:
+        hub.add_folder("models/" + T2I.repo, repos / "qwen-image")
+        files = [
+            {
+                "Path": name,
+                "Size": len(data),
+                "Sha256": hashlib.sha256(data).hexdigest(),
+                "Type": "blob",
+            }
+            for name, data in hub.repos["models/" + T2I.repo].items()
+        ]
+        answer = json.dumps({"Code": 200, "Data": {"Files": files}}).encode()
+        hub.listing = answer
+        reached = Hub(hub.endpoint, kind="modelscope", local=True)
+        library = Library(CATALOG, tmp_path / "models", lambda: reached, None, QUICK)
+        library.download(T2I)
+        assert library.verify(T2I, full=True) == ()
+        assert {seen.token for seen in hub.requests} == {""}
