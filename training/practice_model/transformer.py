@@ -33,9 +33,9 @@ SCHEDULER: dict[str, Any] = {
     "use_dynamic_shifting": True,
     "time_shift_type": "exponential",
 }
-TIME_SHIFT = (
-    0.6  # mean of the logit of the noise level in training: the schedule's shift at 256x256
-)
+# Mean and deviation of the logit of the noise level in training. High: only there must the sentence
+# alone say what to draw; a little below, the noisy picture already shows it.
+LEVEL_MEAN, LEVEL_DEVIATION = 1.2, 1.2
 UNCONDITIONAL = 0.1  # share of captions replaced by " ", so that classifier-free guidance works
 
 
@@ -125,7 +125,8 @@ def flow_loss(
 ) -> Tensor:
     """Squared error of the velocity (noise - picture) at one random noise level a picture."""
     noise = torch.randn_like(latents)
-    level = torch.sigmoid(torch.randn(len(latents), device=latents.device) + TIME_SHIFT)
+    logit = torch.randn(len(latents), device=latents.device) * LEVEL_DEVIATION + LEVEL_MEAN
+    level = torch.sigmoid(logit)
     noisy = torch.lerp(latents, noise, level[:, None, None])
     with torch.autocast(latents.device.type, torch.bfloat16):
         velocity: Tensor = model(noisy, words, mask, level, img_shapes=[grid], return_dict=False)[0]

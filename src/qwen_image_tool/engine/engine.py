@@ -18,10 +18,9 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
 from PIL import Image
 
 from qwen_image_tool import logs
-from qwen_image_tool.engine import text, vae, weights
+from qwen_image_tool.engine import families, text, vae, weights
 from qwen_image_tool.engine.denoise import denoise, noise, schedule
 from qwen_image_tool.engine.embeddings import EmbeddingCache, checkpoint_identity
-from qwen_image_tool.engine.families import FAMILIES
 from qwen_image_tool.errors import Cancelled, ModelMissing, OutOfMemory
 from qwen_image_tool.store import Installed
 from qwen_image_tool.types import (
@@ -125,7 +124,7 @@ class _Parts:
         self, installed: Installed, plan: Plan, cache: Path | None, is_cancelled: IsCancelled
     ) -> None:
         folder, self.plan = installed.folder, plan
-        self.family = family = FAMILIES[installed.model.family]
+        self.family = family = families.family(installed.model.family)
         sampling = installed.model.sampling
         self.sigmas = sampling.sigmas
         self.device, self.dtype = torch.device(plan.device), getattr(torch, plan.dtype)

@@ -1,11 +1,9 @@
 """What differs between the model families, and nothing else."""
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+import importlib
+from typing import Any, Protocol, cast
 
 import torch
-
-from qwen_image_tool.engine.families import qwen_image, qwen_image_21
 
 
 class Family(Protocol):
@@ -37,4 +35,10 @@ class Family(Protocol):
         """Latent cells as the VAE reads them."""
 
 
-FAMILIES: Mapping[str, Family] = {"qwen-image": qwen_image, "qwen-image-2.1": qwen_image_21}
+MODULES = {"qwen-image": "qwen_image", "qwen-image-2.1": "qwen_image_21"}
+
+
+def family(name: str) -> Family:
+    """The module of a catalogue family; imported here, for each brings model classes of its own."""
+    module: Any = importlib.import_module(f"{__name__}.{MODULES[name]}")
+    return cast(Family, module)
