@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 import tiny
-import tiny21
 from hub import LocalHub, serve
 from qwen_image_tool import logs
 from qwen_image_tool.app import App
@@ -31,7 +30,7 @@ GIB = 2**30
 def repos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("repos")
     tiny.save(root / "20b")
-    tiny21.save(root / "21")
+    tiny.save_21(root / "21")
     return root
 
 

@@ -19,7 +19,6 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 
 import tiny
-import tiny21
 from hub import Fault, LocalHub, download, is_lfs, serve
 from qwen_image_tool.catalog import Model, load_catalog
 from qwen_image_tool.errors import (
@@ -54,8 +53,8 @@ def repos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     shutil.rmtree(root / "qwen-image" / "transformer")
     transformer.save_pretrained(root / "qwen-image" / "transformer", max_shard_size="60KB")
-    tiny21.save(root / "qwen-image-2.1")
-    tiny21.save(root / "qwen-image-2.1-turbo", seed=1)
+    tiny.save_21(root / "qwen-image-2.1")
+    tiny.save_21(root / "qwen-image-2.1-turbo", seed=1)
     return root
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import tiny21
+import tiny
 from hub import LocalHub, serve
 from qwen_image_tool.catalog import load_catalog
 from qwen_image_tool.errors import BadRequest, Cancelled, ModelBroken, ModelMissing
@@ -26,7 +26,7 @@ SECOND = "text_encoder/model-00002-of-00004.safetensors"
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalHub]:
     with serve() as hub:
-        hub.add_folder(MODEL.repo, tiny21.save(tmp_path_factory.mktemp("repo") / "model"))
+        hub.add_folder(MODEL.repo, tiny.save_21(tmp_path_factory.mktemp("repo") / "model"))
         yield hub
 
 

@@ -155,10 +155,10 @@ def text_encoder_21(vocabulary: int, width: int = 32) -> Any:
 
 
 def save_21(folder: Path, seed: int = 0, layers: int = 4, turbo: bool = False) -> Path:
-    """Write a tiny Qwen-Image-2.1 in the layout of the published one, bfloat16 with the VAE in
-    float32."""
-    torch.manual_seed(seed)
+    """Write a tiny Qwen-Image-2.1 in the layout of the published one: several shards, bfloat16 with
+    the VAE in float32. `seed` changes the transformer alone, as in Turbo."""
     words = tokenizer()
+    torch.manual_seed(seed)
     transformer = QwenImage21Transformer2DModel(
         num_layers=layers,
         attention_head_dim=16,
@@ -166,13 +166,14 @@ def save_21(folder: Path, seed: int = 0, layers: int = 4, turbo: bool = False) -
         context_in_dim=32,
         axes_dims_rope=(4, 6, 6),
     )
+    torch.manual_seed(99)
     vae = AutoencoderKLQwenImage21(
         base_dim=4, decoder_base_dim=8, dim_mult=[1, 1, 2, 2, 2], num_res_blocks=1
     )
-    transformer.to(torch.bfloat16).save_pretrained(folder / "transformer")
+    transformer.to(torch.bfloat16).save_pretrained(folder / "transformer", max_shard_size="40KB")
     vae.save_pretrained(folder / "vae")
     encoder = text_encoder_21(len(words)).to(torch.bfloat16)
-    encoder.save_pretrained(folder / "text_encoder")
+    encoder.save_pretrained(folder / "text_encoder", max_shard_size="50KB")
     words.save_pretrained(folder / "processor")
     numbers = TURBO_SCHEDULER if turbo else SCHEDULER
     FlowMatchEulerDiscreteScheduler(**numbers).save_pretrained(folder / "scheduler")
@@ -187,6 +188,8 @@ def save_21(folder: Path, seed: int = 0, layers: int = 4, turbo: bool = False) -
         "sample_sigmas": TURBO_SIGMAS if turbo else None,
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+    licence = "Qwen Research License\nNot for commercial use.\n"
+    (folder / "LICENSE").write_text(licence, encoding="utf-8")
     return folder
 
 
