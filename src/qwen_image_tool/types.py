@@ -124,6 +124,22 @@ class Request(Value):
         return self.model_copy(update={"seed": self.seeds[index], "images": 1})
 
 
+class Rates(Value):
+    """What a device was measured to do, in the dtype it computes in; 0: not measured.
+
+    Products and attention in FLOP/s; copies and reads in bytes/s."""
+
+    matmul: float = 0
+    attention: float = 0
+    bus: float = Field(default=0, description="From page-locked memory to the GPU")
+    pageable: float = Field(default=0, description="From pageable memory to the GPU")
+    disk: float = Field(default=0, description="Reads of model files by several threads")
+    attention_backend: str = Field(
+        default="", description="diffusers' name of the fastest one; empty: torch's own choice"
+    )
+    compiler: bool = Field(default=False, description="torch.compile works here")
+
+
 class Device(Value):
     """What the hardware is: read once, passed as a value. Sizes in bytes."""
 
@@ -138,6 +154,7 @@ class Device(Value):
     shared_memory: bool = Field(default=False, description="GPU and CPU use the same memory")
     driver: str = ""
     torch: str = ""
+    rates: Rates = Rates()
     notes: tuple[str, ...] = ()
 
     def within(self, ram_bytes: int | None, vram_bytes: int | None) -> "Device":
@@ -161,11 +178,14 @@ PhaseName = Literal["load", "encode", "denoise", "decode", "save"]
 
 
 class PhaseNeed(Value):
-    """What a phase is expected to take at its peak, in bytes."""
+    """What a phase is expected to take: memory at its peak and reads from disk, in bytes; seconds,
+    where they can be told."""
 
     phase: PhaseName
     ram_bytes: int
     vram_bytes: int = 0
+    read_bytes: int = 0
+    seconds: float | None = None
 
 
 class Placement(Value):
@@ -186,8 +206,18 @@ class Plan(Value):
     mode: Mode = "default"
     working_size: Size = Field(description="What the engine draws; the file is its centre")
     forwards: int = Field(description="Passes through the transformer")
+    compiled: bool = Field(default=False, description="Blocks go through torch.compile")
+    attention: str = Field(
+        default="", description="diffusers' name of the attention backend; empty: torch's choice"
+    )
+    strips: int = Field(default=1, description="Parts that a picture is decoded in")
     placement: Placement = Field(description="Of the transformer's blocks")
     text_placement: Placement = Field(description="Of the text encoder's layers")
+    vram_limit_bytes: int = Field(
+        default=0,
+        description="What torch may take of the GPU, so that it fails, not spills; 0: all",
+    )
+    bytes_per_step: int = Field(default=0, description="Weights that a step copies to the device")
     phases: tuple[PhaseNeed, ...]
     disk_bytes: int = Field(description="Space the pictures may take")
     reasons: tuple[str, ...] = ()
@@ -195,7 +225,10 @@ class Plan(Value):
     def loads_like(self, other: "Plan") -> bool:
         """Whether a model loaded by `other` can run by this plan."""
         ours, theirs = (
-            (plan.device, plan.dtype, plan.mode, plan.placement, plan.text_placement)
+            (
+                *(plan.device, plan.dtype, plan.mode, plan.placement, plan.text_placement),
+                *(plan.compiled, plan.attention, plan.vram_limit_bytes),
+            )
             for plan in (self, other)
         )
         return ours == theirs
@@ -207,6 +240,12 @@ class Plan(Value):
     @property
     def vram_bytes(self) -> int:
         return max(need.vram_bytes for need in self.phases)
+
+    @property
+    def seconds(self) -> float | None:
+        """Of all phases; None where one can't be told."""
+        each = [need.seconds for need in self.phases]
+        return None if None in each else sum(s for s in each if s is not None)
 
 
 class _Event(Value):
@@ -229,6 +268,14 @@ class Stepped(_Event):
     step: int
     steps: int
     seconds: float
+
+
+class Loading(_Event):
+    """Weights read so far, of those that the run needs now; in bytes."""
+
+    kind: Literal["loading"] = "loading"
+    done_bytes: int
+    total_bytes: int
 
 
 class Saved(_Event):
@@ -268,7 +315,7 @@ class VerifyProgress(_Event):
 
 
 Event = Annotated[
-    PhaseStarted | Stepped | Saved | Notice | DownloadProgress | VerifyProgress,
+    PhaseStarted | Loading | Stepped | Saved | Notice | DownloadProgress | VerifyProgress,
     Field(discriminator="kind"),
 ]
 event_adapter: TypeAdapter[Event] = TypeAdapter(Event)
