@@ -75,7 +75,7 @@ def warm(request: Request, pairs: int) -> dict[str, float]:
     assert request.size
 
     def ours() -> Any:
-        return engine.run(request, plan, lambda _: None, lambda: False)[0][0]
+        return engine.run(request, [plan], lambda _: None, lambda: False).images[0]
 
     def theirs() -> Any:
         assert request.size

@@ -37,8 +37,8 @@ def draw(installed: Installed) -> Any:
         asked = Request.from_user(**{"model": DEFAULT_MODEL, "prompt": prompt, "seed": 1, **fields})
         request = installed.model.resolve(asked, seed=1)
         plan = planner.plan(request, installed, device)
-        images, _ = engine.run(request, plan, lambda _: None, lambda: False)
-        return [np.asarray(image).astype(int) for image in images]
+        run = engine.run(request, [plan], lambda _: None, lambda: False)
+        return [np.asarray(image).astype(int) for image in run.images]
 
     return call
 

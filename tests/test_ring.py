@@ -13,8 +13,11 @@ from torch import nn
 
 import tiny
 from qwen_image_tool.engine import weights
+from qwen_image_tool.engine.cache import TensorCache
 from qwen_image_tool.engine.families.qwen_image import Forward, Transformer
+from qwen_image_tool.engine.modulation import Modulation
 from qwen_image_tool.engine.ring import Background, Ring, interleaved
+from qwen_image_tool.engine.weights import Reader
 from qwen_image_tool.errors import Cancelled, ModelMissing
 from qwen_image_tool.types import Placement
 
@@ -93,7 +96,19 @@ def test_a_walk_that_was_left_early_starts_over() -> None:
 
 def test_too_few_streamed_blocks_for_the_slots_are_a_mistake() -> None:
     with pytest.raises(ValueError, match="do not fit"):
-        ring(4, 2, 2)
+        ring(4, 3, 2)
+
+
+def test_walks_that_stand_alone_prefetch_nothing_for_the_next() -> None:
+    recorder = Recorder()
+    modules: list[nn.Module] = [nn.Identity() for _ in range(2)]
+    made = Ring(5, {}, modules, recorder, wraps=False)
+    assert not recorder.started
+    for _ in range(2):
+        recorder.started.clear()
+        for number, module in made.walk():
+            assert recorder.holds[modules.index(module)] == number
+        assert [block for block, _ in recorder.started] == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("count", [1, 7, 60])
@@ -151,12 +166,12 @@ def test_every_placement_has_the_bits_of_the_plain_forward(
     folder: Path, placement: Placement, dtype: torch.dtype
 ) -> None:
     plain = QwenImageTransformer2DModel.from_pretrained(folder, dtype=dtype).eval()
-    placed = Transformer(folder, placement, torch.device("cpu"), dtype, weights.read)
+    placed = Transformer(folder, placement, torch.device("cpu"), dtype, Reader())
     torch.manual_seed(0)
     latents = torch.randn(2, 24, 64).to(dtype)
     prompts = [torch.randn(1, length, 32).to(dtype) for length in (5, 11)]
     timesteps = torch.tensor([900.0, 512.5, 20.0])
-    forward = Forward(placed, timesteps, (4, 6))
+    forward = Forward(placed, timesteps, (4, 6), Reader())
     conditions = [forward.condition(prompt) for prompt in prompts]
     for step, timestep in enumerate(timesteps):
         ours = forward(latents, step, conditions)
@@ -177,19 +192,20 @@ def test_every_placement_has_the_bits_of_the_plain_forward(
 def test_the_modulation_is_computed_once_a_schedule(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    placed = Transformer(folder, PLACEMENTS[0], torch.device("cpu"), torch.bfloat16, weights.read)
+    placed = Transformer(folder, PLACEMENTS[0], torch.device("cpu"), torch.bfloat16, Reader())
     reads: list[int] = []
     read = weights.read
 
-    def counting(pairs: Any) -> None:
+    def counting(pairs: Any, *rest: Any) -> None:
         reads.append(len(pairs))
-        read(pairs)
+        read(pairs, *rest)
 
+    placed.loading.result()
     monkeypatch.setattr(weights, "read", counting)
     for timesteps in (torch.tensor([900.0, 20.0]), torch.tensor([900.0, 20.0])):
-        Forward(placed, timesteps, (4, 6))
+        Forward(placed, timesteps, (4, 6), Reader())
     assert reads == [4] * 6, "weight and bias of two layers, once a block"
-    Forward(placed, torch.tensor([800.0, 20.0]), (4, 6))
+    Forward(placed, torch.tensor([800.0, 20.0]), (4, 6), Reader())
     assert len(reads) == 12
     names = {name for name, _ in placed.model.named_parameters()}
     assert not any("_mod." in name for name in names), "modulation weights are not kept"
@@ -200,7 +216,7 @@ def test_the_modulation_is_computed_once_a_schedule(
 def test_a_disk_that_fails_in_mid_run_is_said(folder: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     placement = Placement(blocks=6, resident=0, slots=2, source="disk")
-    placed = Transformer(copy, placement, torch.device("cpu"), torch.bfloat16, weights.read)
+    placed = Transformer(copy, placement, torch.device("cpu"), torch.bfloat16, Reader())
     walk = placed.walk()
     next(walk)
     for shard in copy.glob("*.safetensors"):
@@ -212,8 +228,44 @@ def test_a_disk_that_fails_in_mid_run_is_said(folder: Path, tmp_path: Path) -> N
 
 @pytest.mark.usefixtures("_no_grad")
 def test_reading_can_be_cancelled(folder: Path) -> None:
-    def read(pairs: Any) -> None:
-        weights.read(pairs, is_cancelled=lambda: True)
-
     with pytest.raises(Cancelled):
-        Transformer(folder, PLACEMENTS[0], torch.device("cpu"), torch.bfloat16, read)
+        Transformer(
+            folder, PLACEMENTS[0], torch.device("cpu"), torch.bfloat16, Reader(lambda: True)
+        )
+
+
+@pytest.mark.usefixtures("_no_grad")
+def test_blocks_that_come_in_the_background_are_cancelled_too(folder: Path) -> None:
+    asked = 0
+
+    def is_cancelled() -> bool:  # after the parameters outside the blocks
+        nonlocal asked
+        asked += 1
+        return asked > 20
+
+    placed = Transformer(
+        folder, PLACEMENTS[0], torch.device("cpu"), torch.bfloat16, Reader(is_cancelled)
+    )
+    with pytest.raises(Cancelled):
+        list(placed.walk())
+    placed.close()
+
+
+@pytest.mark.usefixtures("_no_grad")
+def test_a_schedule_that_was_kept_on_disk_reads_no_weights(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = TensorCache(tmp_path / "cache", ["here"], 1 << 20)
+    timesteps, latents = torch.tensor([900.0, 20.0]), torch.randn(1, 24, 64).bfloat16()
+    prompt = torch.randn(1, 5, 32).bfloat16()
+    made = []
+    for _ in range(2):
+        reader = Reader()
+        placed = Transformer(
+            folder, PLACEMENTS[0], torch.device("cpu"), torch.bfloat16, reader, cache
+        )
+        forward = Forward(placed, timesteps, (4, 6), reader)
+        made.append(forward(latents, 0, [forward.condition(prompt)])[0][0])
+        placed.close()
+        monkeypatch.delattr(Modulation, "_compute", raising=False)
+    assert torch.equal(*made)

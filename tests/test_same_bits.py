@@ -72,8 +72,8 @@ class Ours:
     def draw(self, request: Request) -> list[np.ndarray]:
         assert request.size is not None
         plan = plan_for(self.dtype, request.size.rounded_up(16))
-        images, _ = self.engine.run(request, plan, lambda event: None, lambda: False)
-        return [np.asarray(image) for image in images]
+        run = self.engine.run(request, [plan], lambda event: None, lambda: False)
+        return [np.asarray(image) for image in run.images]
 
 
 def their_call(pipe: Any, request: Request, seeds: list[int], output: str) -> Any:
@@ -165,7 +165,7 @@ def test_the_default_mode_is_within_one_level(
     ours = Ours(folder, theirs.dtype, monkeypatch)
     [exact] = ours.draw(request)
     plan = plan_for(theirs.dtype, size).model_copy(update={"mode": "default"})
-    [image], _ = ours.engine.run(request, plan, lambda _: None, lambda: False)
+    [image] = ours.engine.run(request, [plan], lambda _: None, lambda: False).images
     assert torch.equal(ours.cells[0], ours.cells[1]), "only the VAE differs"
     assert np.abs(np.asarray(image).astype(int) - exact).max() <= 1
 

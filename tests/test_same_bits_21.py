@@ -14,9 +14,10 @@ from PIL import Image
 import tiny
 from qwen_image_tool import gallery
 from qwen_image_tool.catalog import load_catalog
-from qwen_image_tool.engine import vae, weights
+from qwen_image_tool.engine import vae
 from qwen_image_tool.engine.engine import Engine
 from qwen_image_tool.engine.families.qwen_image_21 import Forward, Transformer
+from qwen_image_tool.engine.weights import Reader
 from qwen_image_tool.errors import ModelUnsupported, PromptTooLong
 from qwen_image_tool.store import locate
 from qwen_image_tool.types import PhaseNeed, Placement, Plan, Request, Size
@@ -78,8 +79,8 @@ class Ours:
     def draw(
         self, request: Request, placements: tuple[Placement, Placement] = RESIDENT
     ) -> list[Image.Image]:
-        images, _ = self.engine.run(request, self.plan(request, placements), _pass, lambda: False)
-        return images
+        plan = self.plan(request, placements)
+        return self.engine.run(request, [plan], _pass, lambda: False).images
 
     def plan(self, request: Request, placements: tuple[Placement, Placement] = RESIDENT) -> Plan:
         assert request.size is not None
@@ -240,14 +241,14 @@ def test_nothing_waits_for_the_device_in_the_loop(
 ) -> None:
     """No tensor is read back, and the prefixes stay where they are."""
     model = Transformer(
-        folder / "transformer", placements[0], torch.device("cpu"), torch.float32, weights.read
+        folder / "transformer", placements[0], torch.device("cpu"), torch.float32, Reader()
     )
 
     def refuse(*_: object) -> None:
         raise AssertionError("a tensor was read back")
 
     with torch.inference_mode():
-        forward = Forward(model, torch.tensor([900.0, 500.0, 20.0]), (4, 6))
+        forward = Forward(model, torch.tensor([900.0, 500.0, 20.0]), (4, 6), Reader())
         conditions = [forward.condition(torch.randn(1, length, 32)) for length in (5, 9)]
         latents = torch.randn(2, 24, 64)
         addresses = [cache.get()[0].data_ptr() for c in conditions for cache in c.caches]

@@ -184,32 +184,33 @@ class App:
         for reason in plan.reasons:
             emit(Notice(text=reason))
         if self._engine is None or self._engine.installed != installed:
-            self._engine = Engine(installed, self._embeddings)
-        images, seconds = self._engine.run(resolved, plan, emit, is_cancelled)
+            self._engine = Engine(installed, self.settings.cache)
+        run = self._engine.run(resolved, [plan], emit, is_cancelled)
 
         emit(PhaseStarted(phase="save"))
         started = time.perf_counter()
         versions = library_versions()
         files = []
-        for index, image in enumerate(images):
+        for index, image in enumerate(run.images):
             alone = resolved.for_image(index)
             path = gallery.save_image(
-                image, folder, alone, plan, versions, model_name=installed.model.name
+                image, folder, alone, run.plan, versions, model_name=installed.model.name
             )
             emit(Saved(path=str(path), seed=alone.seeds[0]))
             files.append(ImageFile(path=str(path), seed=alone.seeds[0], size=Size(*image.size)))
-        seconds["save"] = time.perf_counter() - started
+        seconds = run.seconds | {"save": time.perf_counter() - started}
         return Result(
-            request=resolved, plan=plan, images=tuple(files), seconds=seconds, versions=versions
+            request=resolved,
+            plan=run.plan,
+            images=tuple(files),
+            seconds=seconds,
+            versions=versions,
         )
 
     def clear_cache(self) -> None:
-        """Forget the embeddings of known prompts: they are made again when needed."""
-        shutil.rmtree(self._embeddings, ignore_errors=True)
-
-    @property
-    def _embeddings(self) -> Path:
-        return self.settings.cache / "embeddings"
+        """Forget what can be made again: embeddings of known prompts, modulation of schedules."""
+        for name in ("embeddings", "modulation"):
+            shutil.rmtree(self.settings.cache / name, ignore_errors=True)
 
     def examine(self) -> tuple[doctor.Check, ...]:
         """Is this machine ready?"""

@@ -111,7 +111,7 @@ def draw_with_engine(
         )
         request = installed.model.resolve(request, task.seed)
         plan = planner.plan(request, installed, here)
-        pictures += engine.run(request, plan, lambda _: None, lambda: False)[0]
+        pictures += engine.run(request, [plan], lambda _: None, lambda: False).images
     return pictures
 
 

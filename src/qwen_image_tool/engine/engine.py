@@ -1,13 +1,16 @@
 """One loaded model: run a resolved request, step by step."""
 
-import functools
 import gc
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+import diffusers
 import diffusers.utils.logging as diffusers_logging
 import torch
 import transformers
@@ -19,12 +22,14 @@ from PIL import Image
 
 from qwen_image_tool import logs
 from qwen_image_tool.engine import families, text, vae, weights
+from qwen_image_tool.engine.cache import TensorCache, checkpoint_identity
 from qwen_image_tool.engine.denoise import denoise, noise, schedule
-from qwen_image_tool.engine.embeddings import EmbeddingCache, checkpoint_identity
 from qwen_image_tool.errors import Cancelled, ModelMissing, OutOfMemory
 from qwen_image_tool.store import Installed
 from qwen_image_tool.types import (
     Event,
+    Loading,
+    Notice,
     PhaseName,
     PhaseStarted,
     Plan,
@@ -35,12 +40,15 @@ from qwen_image_tool.types import (
 
 Emit = Callable[[Event], None]
 IsCancelled = Callable[[], bool]
+# Bytes on disk. A prompt of the 20B family takes about 0.3 MB, a schedule 4.4 MB a step
+EMBEDDINGS_LIMIT, MODULATION_LIMIT = 256 << 20, 2 << 30
 
 
 class Engine:
     """A model on one device in one dtype; loaded at the first run and kept for the next.
 
-    `cache`: folder for the embeddings of known prompts; None keeps none.
+    `cache`: folder for what can be made again (embeddings of known prompts, modulation of known
+    schedules); None keeps none.
     """
 
     def __init__(self, installed: Installed, cache: Path | None = None) -> None:
@@ -49,36 +57,63 @@ class Engine:
         self._parts: _Parts | None = None
 
     def run(
-        self, request: Request, plan: Plan, emit: Emit, is_cancelled: IsCancelled
-    ) -> tuple[list[Image.Image], dict[PhaseName, float]]:
-        """Make the pictures of a resolved request, in the order of its seeds; and seconds a phase.
+        self, request: Request, plans: Sequence[Plan], emit: Emit, is_cancelled: IsCancelled
+    ) -> "Run":
+        """Make the pictures of a resolved request by the first of `plans`; where the memory runs
+        out, by the next one, which is said.
 
         Raises PromptTooLong, ModelMissing, OutOfMemory; or Cancelled within a step of
-        `is_cancelled()` turning true. Source of the arithmetic: QwenImagePipeline.__call__ and
-        QwenImage21Pipeline.__call__.
+        `is_cancelled()` turning true.
         """
+        for plan, following in itertools.zip_longest(plans, plans[1:]):
+            try:
+                return self._run(request, plan, emit, is_cancelled)
+            except OutOfMemory as error:
+                if following is None:
+                    raise
+                why = error.message
+            # Here the failed run's tensors are gone, with the error that held them
+            self.release()
+            emit(Notice(text=f"{why} Trying again: {following.reasons[0]}"))
+        raise ValueError("there is no plan")
+
+    def release(self) -> None:
+        """Give the memory back."""
+        if self._parts is not None:
+            self._parts.close()
+        self._parts = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _run(self, request: Request, plan: Plan, emit: Emit, is_cancelled: IsCancelled) -> "Run":
+        """Source of the arithmetic: QwenImagePipeline.__call__, QwenImage21Pipeline.__call__."""
         if request.size is None or request.steps is None or request.cfg is None:
             raise ValueError("the request is not resolved")
         watch = _Watch(emit, is_cancelled, request.steps)
-        with torch.inference_mode(), _memory_errors():
-            # 1. The weights, where they are not in memory yet
+        reader = weights.Reader(is_cancelled)
+        with torch.inference_mode(), _memory_errors(), self._whole():
+            # 1. The weights, where they are not in memory yet; the reading goes on behind
             with watch.phase("load"):
-                parts = self._load(plan, is_cancelled)
+                parts = self._load(plan, reader)
                 family, grid = parts.family, parts.token_grid(plan.working_size)
+                prompts = [p for p in (request.prompt, request.negative_prompt) if p is not None]
+                ids = parts.tokenize(prompts, request.truncate)
 
             # 2. The prompts, as the transformer reads them
             with watch.phase("encode"):
+                embeddings = parts.encode(ids, reader, watch)
+
+            # 3. What the schedule needs, and the rest of the weights
+            with watch.phase("load"):
                 timesteps = schedule(
                     parts.scheduler, request.steps, parts.sigmas, math.prod(grid), parts.device
                 )
-                forward = family.Forward(parts.transformer, timesteps, grid)
-                prompts = [request.prompt, request.negative_prompt]
-                embeddings = parts.encode(
-                    [p for p in prompts if p is not None], request.truncate, is_cancelled
-                )
+                forward = family.Forward(parts.transformer, timesteps, grid, reader)
                 conditions = [forward.condition(embedding) for embedding in embeddings]
+                watch.wait(parts.transformer.loading, reader)
 
-            # 3. From noise to latents
+            # 4. From noise to latents
             with watch.phase("denoise"):
                 cells = noise(request.seeds, parts.cell_shape(grid), parts.dtype)
                 latents = denoise(
@@ -92,58 +127,81 @@ class Engine:
                     watch.stepped,
                 )
 
-            # 4. From latents to pixels, one picture at a time
+            # 5. From latents to pixels, one picture at a time
             with watch.phase("decode"):
                 cells = family.unpack(latents, grid)
                 images = [
                     vae.crop_centre(vae.decode(parts.vae, cell[None], family.unscale), request.size)
                     for cell in cells
                 ]
-        return images, watch.seconds
+        return Run(images, plan, watch.seconds)
 
-    def release(self) -> None:
-        """Give the memory back."""
-        if self._parts is not None:
-            self._parts.close()
-        self._parts = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-    def _load(self, plan: Plan, is_cancelled: IsCancelled) -> "_Parts":
+    def _load(self, plan: Plan, reader: weights.Reader) -> "_Parts":
         if self._parts is None or not plan.loads_like(self._parts.plan):
             self.release()
-            self._parts = _Parts(self.installed, plan, self._cache, is_cancelled)
+            self._parts = _Parts(self.installed, plan, self._cache, reader)
         return self._parts
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """What an ended run has left half loaded is given back."""
+        try:
+            yield
+        except BaseException:
+            if self._parts and not self._parts.is_loaded:
+                self.release()
+            raise
+
+
+@dataclass(frozen=True)
+class Run:
+    """The pictures of a request in the order of its seeds, the plan that made them, and the seconds
+    of each phase."""
+
+    images: list[Image.Image]
+    plan: Plan
+    seconds: dict[PhaseName, float]
 
 
 class _Parts:
-    """The components of a model, loaded; the text encoder at the first prompt that isn't known."""
+    """The components of a model; the text encoder comes at the first prompt that isn't known.
+
+    Weights that stay are read in the background. Raises ModelMissing.
+    """
 
     def __init__(
-        self, installed: Installed, plan: Plan, cache: Path | None, is_cancelled: IsCancelled
+        self, installed: Installed, plan: Plan, cache: Path | None, reader: weights.Reader
     ) -> None:
         folder, self.plan = installed.folder, plan
         self.family = family = families.family(installed.model.family)
         sampling = installed.model.sampling
         self.sigmas = sampling.sigmas
         self.device, self.dtype = torch.device(plan.device), getattr(torch, plan.dtype)
-        read = functools.partial(weights.read, is_cancelled=is_cancelled)
-        place = self.device, self.dtype, read
+        self._cache, self._family_name = cache, installed.model.family
+        self._text_folder = folder / "text_encoder"
+        self._text_encoder: text.TextEncoder | None = None
         logs.adopt_libraries()
         # Their progress bars would stand beside ours
         transformers_logging.disable_progress_bar()
         diffusers_logging.disable_progress_bar()
+        _limit_memory(self.device, plan.vram_limit_bytes)
         try:
             self.tokenizer = text.Tokenizer(folder / family.TOKENIZER, family.wrap, family.SYSTEM)
             self.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
-            positions = text.positions(folder / "text_encoder")
-            self.transformer = family.Transformer(folder / "transformer", plan.placement, *place)
+            positions = text.positions(self._text_folder)
             self.vae = (
                 family.VAE.from_pretrained(folder / "vae", dtype=self.dtype).to(self.device).eval()
             )
             if plan.mode != "exact":
                 vae.make_single_frame(self.vae)
+            self.transformer = family.Transformer(
+                folder / "transformer",
+                plan.placement,
+                self.device,
+                self.dtype,
+                reader,
+                self._tensor_cache("modulation", folder / "transformer", MODULATION_LIMIT),
+            )
         except torch.OutOfMemoryError:
             raise
         except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -155,9 +213,13 @@ class _Parts:
             family.TEXT_POSITIONS,
             positions - self.tokenizer.dropped,
         )
-        self._text_folder = folder / "text_encoder"
-        self._text_encoder: text.TextEncoder | None = None
-        self._known = cache and self._embedding_cache(cache, installed.model.family)
+        self._known = self._tensor_cache("embeddings", self._text_folder, EMBEDDINGS_LIMIT)
+
+    @property
+    def is_loaded(self) -> bool:
+        """Nothing is on its way, and nothing failed to come."""
+        loading = [part.loading for part in (self.transformer, self._text_encoder) if part]
+        return all(each.done() and each.exception() is None for each in loading)
 
     def token_grid(self, size: Size) -> tuple[int, int]:
         """Rows and columns of image tokens."""
@@ -170,14 +232,17 @@ class _Parts:
         channels = self.transformer.model.config.in_channels // patch**2
         return channels, grid[0] * patch, grid[1] * patch
 
+    def tokenize(self, prompts: Sequence[str], truncate: bool) -> list[list[int]]:
+        """Each prompt's token ids. Raises PromptTooLong."""
+        return [self.tokenizer(prompt, self._prompt_limit, truncate) for prompt in prompts]
+
     def encode(
-        self, prompts: list[str], truncate: bool, is_cancelled: IsCancelled
+        self, prompts: list[list[int]], reader: weights.Reader, watch: "_Watch"
     ) -> list[torch.Tensor]:
-        """Each prompt's embeddings, [1, tokens, width]."""
-        ids = [self.tokenizer(prompt, self._prompt_limit, truncate) for prompt in prompts]
-        known = [self._known.get(each) if self._known else None for each in ids]
-        new = [each for each, states in zip(ids, known, strict=True) if states is None]
-        made = iter(self._read_prompts(new, is_cancelled) if new else ())
+        """Each prompt's embeddings, [1, tokens, width], of its token ids."""
+        known = [self._known.get(ids) if self._known else None for ids in prompts]
+        new = [ids for ids, states in zip(prompts, known, strict=True) if states is None]
+        made = iter(self._read_prompts(new, reader, watch) if new else ())
         hidden = [next(made) if states is None else states.to(self.device) for states in known]
         return [states[:, self.tokenizer.dropped :] for states in hidden]
 
@@ -187,7 +252,7 @@ class _Parts:
         self.transformer.close()
 
     def _read_prompts(
-        self, prompts: list[list[int]], is_cancelled: IsCancelled
+        self, prompts: list[list[int]], reader: weights.Reader, watch: "_Watch"
     ) -> list[torch.Tensor]:
         if self._text_encoder is None:
             self._text_encoder = text.TextEncoder(
@@ -197,18 +262,21 @@ class _Parts:
                 self.plan.text_placement,
                 self.device,
                 self.dtype,
-                functools.partial(weights.read, is_cancelled=is_cancelled),
+                reader,
             )
-        hidden = self._text_encoder.encode(prompts)
+        watch.wait(self._text_encoder.loading, reader)
+        hidden = self._text_encoder.encode(prompts, reader)
         for ids, states in zip(prompts, hidden, strict=True):
             if self._known:
                 self._known.put(ids, states)
         return hidden
 
-    def _embedding_cache(self, folder: Path, family: str) -> EmbeddingCache:
-        libraries = [torch.__version__, transformers.__version__]
-        identity = [family, str(self.device), str(self.dtype), *libraries]
-        return EmbeddingCache(folder, identity + checkpoint_identity(self._text_folder))
+    def _tensor_cache(self, name: str, component: Path, limit: int) -> TensorCache | None:
+        if self._cache is None:
+            return None
+        libraries = [torch.__version__, transformers.__version__, diffusers.__version__]
+        identity = [self._family_name, device_name(self.device), str(self.dtype), *libraries]
+        return TensorCache(self._cache / name, identity + checkpoint_identity(component), limit)
 
 
 class _Watch:
@@ -224,7 +292,15 @@ class _Watch:
         self._emit(PhaseStarted(phase=name))
         started = time.perf_counter()
         yield
-        self.seconds[name] = time.perf_counter() - started
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def wait(self, loading: Future[None], reader: weights.Reader) -> None:
+        """Until what is read in the background is there; says how far it is."""
+        while not loading.done():
+            wait([loading], timeout=0.2)
+            self._emit(Loading(done_bytes=reader.done, total_bytes=reader.expected))
+            self._check()
+        loading.result()
 
     def stepped(self, step: int, seconds: float) -> None:
         self._emit(Stepped(step=step, steps=self._steps, seconds=seconds))
@@ -233,6 +309,18 @@ class _Watch:
     def _check(self) -> None:
         if self._is_cancelled():
             raise Cancelled("Stopped.", "Nothing was written.")
+
+
+def device_name(device: torch.device) -> str:
+    """Bits depend on the card, not on its number."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def _limit_memory(device: torch.device, limit: int) -> None:
+    """Make torch fail above `limit` bytes of the GPU; 0 lifts the limit."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (limit or total) / total), device)
 
 
 @contextmanager

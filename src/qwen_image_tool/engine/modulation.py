@@ -6,13 +6,15 @@ scratch buffer, block by block, and are forgotten. Each row comes from a product
 as in diffusers' block (one timestep at a time), so it has the same bits.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-from qwen_image_tool.engine import weights
-from qwen_image_tool.engine.weights import Checkpoint, Layout
+from qwen_image_tool.engine import placed
+from qwen_image_tool.engine.cache import TensorCache
+from qwen_image_tool.engine.weights import Checkpoint, Reader
+from qwen_image_tool.types import Placement
 
 PARTS = ("img_mod", "txt_mod")
 
@@ -46,23 +48,9 @@ def strip(block: nn.Module) -> nn.ModuleDict:
     return taken
 
 
-def build(
-    tembs: Sequence[torch.Tensor], blocks: int, load: Callable[[int], nn.ModuleDict]
-) -> Table:
-    """The table for the time embeddings `tembs`, each [1, width]. `load(number)` gives the
-    modulation modules of one block, filled until its next call."""
-    rows = []
-    for number in range(blocks):
-        modules = load(number)
-        rows.append(
-            torch.stack([torch.stack([modules[part](temb) for part in PARTS]) for temb in tembs])
-        )
-    return Table(torch.stack(rows, dim=1))
-
-
 class Modulation:
     """The modulation of `blocks`, `prefix` + "0.", "1." ... in the checkpoint; taken out of them
-    here. The table of the last schedule is kept."""
+    here. The table of the last schedule stays in memory; those before are in `cache`."""
 
     def __init__(
         self,
@@ -71,23 +59,42 @@ class Modulation:
         checkpoint: Checkpoint,
         device: torch.device,
         dtype: torch.dtype,
+        cache: TensorCache | None = None,
     ) -> None:
-        self._prefix, self._checkpoint, self._device = prefix, checkpoint, device
-        taken = [strip(block) for block in blocks]
-        self._scratch = taken[0]  # filled with each block's weights in turn
-        self._layout = Layout.of(self._scratch, dtype)
-        self._count = len(blocks)
-        self._table: tuple[tuple[float, ...], Table] | None = None
+        self._taken = [strip(block) for block in blocks]
+        self._from = prefix, checkpoint
+        self._device, self._dtype, self._cache = device, dtype, cache
+        self._table: tuple[list[float], Table] | None = None
 
-    def table(self, timesteps: torch.Tensor, tembs: Sequence[torch.Tensor]) -> Table:
-        """The rows of a schedule, whose time embeddings are `tembs`."""
-        schedule = tuple(timesteps.tolist())
+    def table(
+        self, timesteps: torch.Tensor, tembs: Sequence[torch.Tensor], reader: Reader
+    ) -> Table:
+        """The rows of a schedule, whose time embeddings are `tembs`, each [1, width]."""
+        schedule: list[float] = timesteps.tolist()
         if self._table is None or self._table[0] != schedule:
-            self._table = schedule, build(tembs, self._count, self._load)
+            rows = self._cache.get(schedule) if self._cache else None
+            if rows is None:
+                rows = self._compute(tembs, reader)
+                if self._cache:
+                    self._cache.put(schedule, rows)
+            self._table = schedule, Table(rows.to(self._device))
         return self._table[1]
 
-    def _load(self, number: int) -> nn.ModuleDict:
-        slab = torch.empty(self._layout.bytes, dtype=torch.uint8)
-        weights.read(self._layout.reads(self._checkpoint, f"{self._prefix}{number}.", slab))
-        self._layout.attach(self._scratch, slab.to(self._device))
-        return self._scratch
+    def _compute(self, tembs: Sequence[torch.Tensor], reader: Reader) -> torch.Tensor:
+        """Walk through the weights once; two blocks of them are in memory."""
+        placement = Placement(
+            blocks=len(self._taken), resident=0, slots=min(2, len(self._taken)), source="disk"
+        )
+        blocks = placed.Blocks(
+            self._taken, *self._from, placement, self._device, self._dtype, reader, wraps=False
+        )
+        rows = []
+        try:
+            for _, modules in blocks.walk():
+                reader.check()
+                parts = [modules.get_submodule(part) for part in PARTS]
+                made = [torch.stack([part(temb) for part in parts]) for temb in tembs]
+                rows.append(torch.stack(made))
+        finally:
+            blocks.close()
+        return torch.stack(rows, dim=1)

@@ -1,31 +1,40 @@
 """A model's parts where the plan wants them: repeated blocks in a ring, the rest on the device."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import logging
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import torch
 from torch import nn
 
 from qwen_image_tool.engine import weights
+from qwen_image_tool.engine.host import HostMemory
 from qwen_image_tool.engine.ring import (
     Background,
+    Fill,
     PinnedCopies,
+    PlainCopies,
     Ring,
     StagedCopies,
     Transfer,
     interleaved,
 )
-from qwen_image_tool.engine.weights import Checkpoint, Layout, Stored, set_parameter
+from qwen_image_tool.engine.weights import Checkpoint, Layout, Reader, Stored, set_parameter
+from qwen_image_tool.errors import Cancelled
 from qwen_image_tool.types import Placement
 
-Read = Callable[[list[tuple[Stored, torch.Tensor]]], None]  # weights.read, with its callbacks
+log = logging.getLogger(__name__)
 
 
 class Blocks:
     """Repeated blocks of one shape, `prefix` + "0.", "1." ... in the checkpoint, placed by a plan.
 
-    `modules` are on the meta device and have the parameters that are to be loaded; `read` reads
-    what stays. Raises ModelMissing where the checkpoint does not have them.
+    `modules` are on the meta device and have the parameters that are to be loaded. What stays, on
+    the device or in host memory, is read in the background from here on, by `reader`. `wraps`:
+    walks follow each other, so that the end of one fills the slots for the next. Raises
+    ModelMissing where the checkpoint does not have them.
     """
 
     def __init__(
@@ -36,61 +45,108 @@ class Blocks:
         placement: Placement,
         device: torch.device,
         dtype: torch.dtype,
-        read: Read,
+        reader: Reader,
+        wraps: bool = True,
     ) -> None:
         self._modules, self._prefix, self._checkpoint = modules, prefix, checkpoint
-        self._device, self._read = device, read
+        self._placement, self._device, self._wraps = placement, device, wraps
         self._layout = Layout.of(modules[0], dtype)
-        self._ring = self._make_ring(placement)
+        self._residents = interleaved(len(modules), placement.resident)
+        kept = set(self._residents)
+        self._streamed = [number for number in range(len(modules)) if number not in kept]
+        self._slots = [copy.deepcopy(modules[0]) for _ in range(placement.slots)]
+        self._ring: Ring | None = None
+        self._host: dict[int, HostMemory] = {}
+        self._closed = threading.Event()
+        # What is missing is said before anything is read
+        stored = [self._layout.stored(checkpoint, f"{prefix}{n}.") for n in range(len(modules))]
+        slabs = [self._device_memory() for _ in self._residents]
+        for number, slab in zip(self._residents, slabs, strict=True):
+            self._layout.attach(modules[number], slab)
+        in_host = self._streamed if placement.source in ("pinned", "pageable") else []
+        reader.expect(sum(s.bytes for n in (*self._residents, *in_host) for s in stored[n]))
+        loader = ThreadPoolExecutor(1, thread_name_prefix="load")
+        self.loading: Future[None] = loader.submit(self._load, slabs, in_host, reader)
+        loader.shutdown(wait=False)
 
     def walk(self) -> Iterator[tuple[int, nn.Module]]:
-        """Every block in order, ready to run on the device."""
+        """Every block in order, ready to run on the device; waits until what stays is read."""
+        self.loading.result()
+        if self._ring is None:
+            self._ring = self._make_ring()
         return self._ring.walk()
 
+    def rest(self) -> None:
+        """Give the memory of the slots back until the next walk."""
+        if self._ring and self._slots:
+            self._ring.close()
+            self._ring = None
+            for module in self._slots:
+                module.to("meta")
+
     def close(self) -> None:
-        """End the copies that run ahead."""
-        self._ring.close()
+        """End what runs in the background, and give the memory back."""
+        self._closed.set()
+        wait([self.loading])
+        if self._ring:
+            self._ring.close()
+        for memory in self._host.values():
+            memory.close()
+        self._host.clear()
 
-    def _make_ring(self, placement: Placement) -> Ring:
-        count = len(self._modules)
-        residents = interleaved(count, placement.resident)
-        for number in residents:
-            self._layout.attach(self._modules[number], self._slab(number).to(self._device))
-        kept = {number: self._modules[number] for number in residents}
-        streamed = [number for number in range(count) if number not in kept]
-        if not streamed:
-            return Ring(count, kept, [], None)
-        slots = [
-            torch.empty(self._layout.bytes, dtype=torch.uint8, device=self._device)
-            for _ in range(placement.slots)
-        ]
-        modules = [copy.deepcopy(self._modules[streamed[0]]) for _ in slots]
-        for module, slot in zip(modules, slots, strict=True):
+    @torch.inference_mode()  # a thread's own state
+    def _load(self, slabs: Sequence[torch.Tensor], in_host: Sequence[int], reader: Reader) -> None:
+        """Read the residents into their `slabs` and the blocks `in_host` into host memory."""
+
+        def fill(number: int, slab: torch.Tensor) -> None:
+            if self._closed.is_set():
+                raise Cancelled("Stopped.", "Nothing was written.")
+            reader(self._reads(number, slab))
+
+        uploads = self._transfer(fill, slabs) if slabs else None
+        try:
+            for place, number in enumerate(self._residents):
+                assert uploads
+                uploads.start(number, place)
+            for number in in_host:
+                self._host[number] = memory = HostMemory(self._layout.bytes)
+                fill(number, memory.tensor)
+                if self._placement.source == "pinned":
+                    memory.lock()
+            for place in range(len(slabs)):
+                assert uploads
+                uploads.wait(place)
+        finally:
+            if uploads:
+                uploads.close()
+
+    def _make_ring(self) -> Ring:
+        residents = {number: self._modules[number] for number in self._residents}
+        slots = [self._device_memory() for _ in self._slots]
+        for module, slot in zip(self._slots, slots, strict=True):
             self._layout.attach(module, slot)
-        return Ring(count, kept, modules, self._transfer(placement.source, streamed, slots))
+        transfer = self._stream(slots) if slots else None
+        return Ring(len(self._modules), residents, self._slots, transfer, self._wraps)
 
-    def _transfer(
-        self, source: str, streamed: Sequence[int], slots: Sequence[torch.Tensor]
-    ) -> Transfer:
-        if source == "disk":
-            return (Background if self._device.type == "cpu" else StagedCopies)(self._fill, slots)
-        # One slab for all, exactly as large as they are: torch would round each to a power of two
-        memory = torch.empty(self._layout.bytes * len(streamed), dtype=torch.uint8)
-        slabs = dict(zip(streamed, memory.split(self._layout.bytes), strict=True))
-        for number, slab in slabs.items():
-            self._read(self._reads(number, slab))
-        if source == "pinned":
-            return PinnedCopies(memory, slabs, slots)
-        return StagedCopies(lambda number, slab: slab.copy_(slabs[number]), slots)
+    def _stream(self, slots: Sequence[torch.Tensor]) -> Transfer:
+        """What fills the slots, from where the streamed blocks are."""
+        if not self._host:
+            # Not by the reader: a fill that runs ahead of a cancelled run serves the next one
+            return self._transfer(lambda n, slab: weights.read(self._reads(n, slab)), slots)
+        if all(memory.locked for memory in self._host.values()):
+            return PinnedCopies(lambda number: self._host[number].tensor, slots)
+        return self._transfer(lambda n, slab: slab.copy_(self._host[n].tensor), slots)
 
-    def _slab(self, number: int) -> torch.Tensor:
-        slab = torch.empty(self._layout.bytes, dtype=torch.uint8)
-        self._read(self._reads(number, slab))
-        return slab
+    def _transfer(self, fill: Fill, slots: Sequence[torch.Tensor]) -> Transfer:
+        if self._device.type == "cpu":
+            return Background(fill, slots)
+        return (StagedCopies if self._device.type == "cuda" else PlainCopies)(fill, slots)
 
-    def _fill(self, number: int, slab: torch.Tensor) -> None:
-        # Not by self._read: a fill that runs ahead of a cancelled run serves the next one
-        weights.read(self._reads(number, slab))
+    def _device_memory(self) -> torch.Tensor:
+        """For one block."""
+        if self._device.type == "cpu":
+            return HostMemory(self._layout.bytes).tensor
+        return torch.empty(self._layout.bytes, dtype=torch.uint8, device=self._device)
 
     def _reads(self, number: int, slab: torch.Tensor) -> list[tuple[Stored, torch.Tensor]]:
         return self._layout.reads(self._checkpoint, f"{self._prefix}{number}.", slab)
@@ -102,13 +158,14 @@ def load(
     checkpoint: Checkpoint,
     device: torch.device,
     dtype: torch.dtype,
-    read: Read,
+    reader: Reader,
 ) -> None:
     """Load single parameters: `names` pairs the module's name of each with the checkpoint's."""
     pairs = {}
     for name, stored_name in names:
         stored = checkpoint.check(stored_name, module.get_parameter(name))
         pairs[name] = stored, torch.empty(stored.shape, dtype=dtype)
-    read(list(pairs.values()))
+    reader.expect(sum(stored.bytes for stored, _ in pairs.values()))
+    reader(list(pairs.values()))
     for name, (_, tensor) in pairs.items():
         set_parameter(module, name, tensor.to(device))

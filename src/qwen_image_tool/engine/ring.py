@@ -2,15 +2,18 @@
 
 A slot is a block's module over one preallocated buffer. Fill number f puts streamed block f mod m
 into slot f mod k, and is started as soon as fill f - k has been used: the copies run ahead of the
-computation by k blocks, and past the end of a step into the next.
+computation by k blocks, and where walks follow each other past the end of one into the next.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 import torch
 from torch import nn
+
+from qwen_image_tool.engine.host import HostMemory
 
 
 class Transfer(Protocol):
@@ -31,7 +34,8 @@ class Transfer(Protocol):
 
 class Ring:
     """`count` blocks in their order. `residents` maps block numbers to modules; `slots` are the
-    modules that the other blocks take turns in, filled by `transfer`."""
+    modules that the other blocks take turns in, filled by `transfer`. `wraps`: the end of a walk
+    already fills the slots for the next one."""
 
     def __init__(
         self,
@@ -39,36 +43,42 @@ class Ring:
         residents: Mapping[int, nn.Module],
         slots: Sequence[nn.Module],
         transfer: Transfer | None,
+        wraps: bool = True,
     ) -> None:
         self._count = count
         self._residents = residents
         self._slots = slots
         self._transfer = transfer
+        self._wraps = wraps
         self._streamed = [block for block in range(count) if block not in residents]
-        self._next = 0  # number of the fill that the next streamed block finds
-        if self._streamed and (transfer is None or not 1 < len(slots) < len(self._streamed)):
+        # Number of the fill that the next walk begins with; None where the slots hold nothing
+        self._next: int | None = None
+        if self._streamed and (transfer is None or not 1 <= len(slots) <= len(self._streamed)):
             raise ValueError(f"{len(self._streamed)} streamed blocks do not fit {len(slots)} slots")
-        if self._streamed:
-            self._fill_all()
+        if wraps:
+            self._begin()
 
     def walk(self) -> Iterator[tuple[int, nn.Module]]:
         """Every block once, in order, ready to run. After a walk that was left early the next one
         fills the slots anew."""
-        if self._streamed and self._next % len(self._streamed):
-            self._fill_all()
+        if self._next is None:
+            self._begin()
+        fill, self._next = self._next or 0, None
         for block in range(self._count):
             if block in self._residents:
                 yield block, self._residents[block]
                 continue
             assert self._transfer
-            slot = self._next % len(self._slots)
+            slot = fill % len(self._slots)
             self._transfer.wait(slot)
             try:
                 yield block, self._slots[slot]
             finally:
                 self._transfer.release(slot)
-                self._start(self._next + len(self._slots))
-                self._next += 1
+            self._start(fill + len(self._slots))
+            fill += 1
+        if self._wraps:
+            self._next = fill
 
     def close(self) -> None:
         if self._transfer:
@@ -76,9 +86,12 @@ class Ring:
 
     def _start(self, fill: int) -> None:
         assert self._transfer
-        self._transfer.start(self._streamed[fill % len(self._streamed)], fill % len(self._slots))
+        if self._wraps or fill < len(self._streamed):
+            self._transfer.start(
+                self._streamed[fill % len(self._streamed)], fill % len(self._slots)
+            )
 
-    def _fill_all(self) -> None:
+    def _begin(self) -> None:
         for fill in range(len(self._slots)):
             self._start(fill)
         self._next = 0
@@ -120,29 +133,33 @@ class Background:
         self._pool.shutdown(cancel_futures=True)
 
 
-class PinnedCopies:
-    """A Transfer from slabs in page-locked host memory: one asynchronous copy a block on a stream
-    of its own, ordered by events alone. `memory` holds all slabs and is page-locked here, exactly
-    as large as it is. Raises RuntimeError where the system refuses."""
+class PlainCopies(Background):
+    """A Transfer to a device without streams of ours (Apple, Intel): a thread fills host memory,
+    and the computation copies it when it gets there."""
 
-    def __init__(
-        self,
-        memory: torch.Tensor,
-        slabs: Mapping[int, torch.Tensor],
-        slots: Sequence[torch.Tensor],
-    ) -> None:
-        self._memory, self._slabs, self._slots = memory, slabs, slots
-        torch.cuda.check_error(
-            torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
-        )
-        self._stream = torch.cuda.Stream(slots[0].device)
+    def __init__(self, fill: Fill, slots: Sequence[torch.Tensor]) -> None:
+        super().__init__(fill, [torch.empty_like(slot, device="cpu") for slot in slots])
+        self._targets = slots
+
+    def wait(self, slot: int) -> None:
+        super().wait(slot)
+        self._targets[slot].copy_(self._slots[slot])
+
+
+class PinnedCopies:
+    """A Transfer from page-locked host memory: one asynchronous copy a block on a stream of its
+    own, ordered by events alone. `slab` gives a block's packed weights there."""
+
+    def __init__(self, slab: Callable[[int], torch.Tensor], slots: Sequence[torch.Tensor]) -> None:
+        self._slab, self._slots = slab, slots
+        self._stream = copy_stream(slots[0].device)
         self._filled = [torch.cuda.Event() for _ in slots]
         self._free = [torch.cuda.Event() for _ in slots]
 
     def start(self, block: int, slot: int) -> None:
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(self._free[slot])
-            self._slots[slot].copy_(self._slabs[block], non_blocking=True)
+            self._slots[slot].copy_(self._slab(block), non_blocking=True)
             self._filled[slot].record(self._stream)
 
     def wait(self, slot: int) -> None:
@@ -153,37 +170,43 @@ class PinnedCopies:
 
     def close(self) -> None:
         self._stream.synchronize()
-        torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr()))
 
 
 class StagedCopies:
-    """A Transfer from pageable memory or from disk: a thread fills a page-locked staging buffer and
-    sends it on, beside the computation."""
+    """A Transfer from pageable memory or from disk: a thread fills one of two page-locked buffers
+    and sends it on, while the other is on its way."""
 
     def __init__(self, fill: Fill, slots: Sequence[torch.Tensor]) -> None:
         self._fill, self._slots = fill, slots
-        self._stream = torch.cuda.Stream(slots[0].device)
-        self._staging = [torch.empty_like(slot, device="cpu").pin_memory() for slot in slots]
-        self._sent = [torch.cuda.Event() for _ in slots]
+        self._stream = copy_stream(slots[0].device)
+        self._staging = [HostMemory(slots[0].nbytes) for _ in range(min(2, len(slots)))]
+        for memory in self._staging:
+            memory.lock()
+        self._sent = [torch.cuda.Event() for _ in self._staging]
+        self._filled = [torch.cuda.Event() for _ in slots]
         self._free = [torch.cuda.Event() for _ in slots]
+        self._turn = itertools.cycle(range(len(self._staging)))
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="ring")
-        self._filled: dict[int, Future[object]] = {}
+        self._sending: dict[int, Future[object]] = {}
 
     def start(self, block: int, slot: int) -> None:
-        self._filled[slot] = self._pool.submit(self._send, block, slot)
+        self._sending[slot] = self._pool.submit(self._send, block, slot)
 
     @torch.inference_mode()  # a thread's own state
     def _send(self, block: int, slot: int) -> None:
-        self._sent[slot].synchronize()  # the buffer is still on its way from its last fill
-        self._fill(block, self._staging[slot])
+        turn = next(self._turn)
+        staging = self._staging[turn].tensor
+        self._sent[turn].synchronize()  # the buffer may still be on its way
+        self._fill(block, staging)
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(self._free[slot])
-            self._slots[slot].copy_(self._staging[slot], non_blocking=True)
-            self._sent[slot].record(self._stream)
+            self._slots[slot].copy_(staging, non_blocking=True)
+            self._sent[turn].record(self._stream)
+            self._filled[slot].record(self._stream)
 
     def wait(self, slot: int) -> None:
-        self._filled[slot].result()
-        torch.cuda.current_stream().wait_event(self._sent[slot])
+        self._sending[slot].result()
+        torch.cuda.current_stream().wait_event(self._filled[slot])
 
     def release(self, slot: int) -> None:
         self._free[slot].record()
@@ -191,3 +214,12 @@ class StagedCopies:
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
         self._stream.synchronize()
+        for memory in self._staging:
+            memory.close()
+
+
+def copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream for copies into memory that the computation before it may still use."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    return stream

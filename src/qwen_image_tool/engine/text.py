@@ -4,6 +4,7 @@ Its head and its vision tower are never loaded, its table of words is read row b
 """
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,7 @@ import torch
 from transformers import AutoConfig, Qwen2Tokenizer
 
 from qwen_image_tool.engine import placed, weights
-from qwen_image_tool.engine.placed import Read
-from qwen_image_tool.engine.weights import Checkpoint, no_weights
+from qwen_image_tool.engine.weights import Checkpoint, Reader, no_weights
 from qwen_image_tool.errors import ModelUnsupported, PromptTooLong
 from qwen_image_tool.types import Placement
 
@@ -58,7 +58,8 @@ class TextEncoder:
     """A language model of transformers' class `kind` on `device` in `dtype`, its layers placed by a
     plan. `normed`: its last hidden states go through its final norm.
 
-    `read` (weights.read) loads what stays. Raises ModelMissing, ModelUnsupported.
+    What stays is loaded by `reader`, the layers in the background. Raises ModelMissing,
+    ModelUnsupported.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class TextEncoder:
         placement: Placement,
         device: torch.device,
         dtype: torch.dtype,
-        read: Read,
+        reader: Reader,
     ) -> None:
         self._normed, self._device, self._dtype = normed, device, dtype
         self._checkpoint = Checkpoint(folder)
@@ -86,7 +87,7 @@ class TextEncoder:
         prefix = next((p for p in PREFIXES if f"{p}norm.weight" in self._checkpoint.tensors), "")
         self._words = f"{prefix}embed_tokens.weight"
         names = [("norm.weight", f"{prefix}norm.weight")] if normed else []
-        placed.load(self._model, names, self._checkpoint, device, dtype, read)
+        placed.load(self._model, names, self._checkpoint, device, dtype, reader)
         self._layers = placed.Blocks(
             list(self._model.layers),
             f"{prefix}layers.",
@@ -94,27 +95,36 @@ class TextEncoder:
             placement,
             device,
             dtype,
-            read,
+            reader,
+            wraps=False,
         )
 
-    def encode(self, prompts: Sequence[list[int]]) -> list[torch.Tensor]:
+    @property
+    def loading(self) -> Future[None]:
+        """Done when what stays of the layers is read."""
+        return self._layers.loading
+
+    def encode(self, prompts: Sequence[list[int]], reader: Reader) -> list[torch.Tensor]:
         """The last hidden states of each prompt's token ids, [1, tokens, width].
 
-        Prompts run in lockstep, each alone: a layer is needed once. Source:
+        Prompts run in lockstep, each alone: a layer is needed once. Ends with Cancelled within a
+        layer. Source:
         Qwen2_5_VLTextModel.forward and Qwen3VLTextModel.forward without padding, where sdpa needs
         no mask to be causal.
         """
         states = [self._embed(ids) for ids in prompts]
         rotary = [self._rotary(state) for state in states]
         for _, layer in self._layers.walk():
+            reader.check()
             states = [
                 layer(state, attention_mask=None, position_embeddings=turns)
                 for state, turns in zip(states, rotary, strict=True)
             ]
+        self._layers.rest()
         return [self._model.norm(state) for state in states] if self._normed else states
 
     def close(self) -> None:
-        """End the copies that run ahead."""
+        """End what runs in the background, and give the memory back."""
         self._layers.close()
 
     def _embed(self, ids: list[int]) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """A transformer of diffusers, placed by us: its blocks in a ring, the rest on the device."""
 
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,7 @@ import torch
 from torch import nn
 
 from qwen_image_tool.engine import placed
-from qwen_image_tool.engine.placed import Read
-from qwen_image_tool.engine.weights import Checkpoint, no_weights
+from qwen_image_tool.engine.weights import Checkpoint, Reader, no_weights
 from qwen_image_tool.types import Placement
 
 PREFIX = "transformer_blocks."
@@ -24,7 +24,7 @@ def without_weights(kind: Any, folder: Path) -> Any:
 class Transformer:
     """`model` (made without weights) on `device` in `dtype`; its blocks are run through `walk`.
 
-    `read` (weights.read) loads what stays. Raises ModelMissing.
+    What stays is loaded by `reader`, the blocks in the background. Raises ModelMissing.
     """
 
     def __init__(
@@ -34,18 +34,27 @@ class Transformer:
         placement: Placement,
         device: torch.device,
         dtype: torch.dtype,
-        read: Read,
+        reader: Reader,
     ) -> None:
         self.model, self.device, self.dtype = model, device, dtype
         outer = [name for name, _ in model.named_parameters() if not name.startswith(PREFIX)]
-        placed.load(model, zip(outer, outer, strict=True), checkpoint, device, dtype, read)
+        placed.load(model, zip(outer, outer, strict=True), checkpoint, device, dtype, reader)
         blocks = list(model.transformer_blocks)
-        self._blocks = placed.Blocks(blocks, PREFIX, checkpoint, placement, device, dtype, read)
+        self._blocks = placed.Blocks(blocks, PREFIX, checkpoint, placement, device, dtype, reader)
+
+    @property
+    def loading(self) -> Future[None]:
+        """Done when what stays of the blocks is read."""
+        return self._blocks.loading
 
     def walk(self) -> Iterator[tuple[int, nn.Module]]:
         """Every block in order, ready to run."""
         return self._blocks.walk()
 
+    def rest(self) -> None:
+        """Give the memory of the slots back until the next walk."""
+        self._blocks.rest()
+
     def close(self) -> None:
-        """End the copies that run ahead."""
+        """End what runs in the background, and give the memory back."""
         self._blocks.close()

@@ -132,6 +132,14 @@ class Layout:
         size = math.prod(place.shape) * place.dtype.itemsize
         return slab[place.offset : place.offset + size].view(place.dtype).view(place.shape)
 
+    def stored(self, checkpoint: Checkpoint, prefix: str) -> list[Stored]:
+        """Where the parameters of the module that `prefix` names are, in the order of `places`."""
+        shapes = [torch.empty(place.shape, device="meta") for place in self.places]
+        return [
+            checkpoint.check(prefix + place.name, shape)
+            for place, shape in zip(self.places, shapes, strict=True)
+        ]
+
     def attach(self, module: nn.Module, slab: torch.Tensor) -> None:
         """Make the module's parameters views of `slab`, on the slab's device."""
         for place in self.places:
@@ -141,11 +149,8 @@ class Layout:
         self, checkpoint: Checkpoint, prefix: str, slab: torch.Tensor
     ) -> list[tuple[Stored, torch.Tensor]]:
         """What has to be read to fill `slab` with the module that `prefix` names."""
-        pairs = []
-        for place in self.places:
-            view = self.view(slab, place)
-            pairs.append((checkpoint.check(prefix + place.name, view), view))
-        return pairs
+        views = [self.view(slab, place) for place in self.places]
+        return list(zip(self.stored(checkpoint, prefix), views, strict=True))
 
 
 def read(
@@ -186,6 +191,35 @@ def read(
             pool.shutdown(cancel_futures=True)  # after an error, or Ctrl-C, nothing more is read
     for task in finished:
         task.result()
+
+
+class Reader:
+    """Reads the weights that a run needs, from any thread: counts their bytes, and ends with
+    Cancelled when the run is."""
+
+    def __init__(self, is_cancelled: Callable[[], bool] = lambda: False) -> None:
+        self.is_cancelled = is_cancelled
+        self.expected = 0
+        self.done = 0
+        self._lock = threading.Lock()
+
+    def expect(self, count: int) -> None:
+        """More bytes are to be read."""
+        with self._lock:
+            self.expected += count
+
+    def __call__(self, pairs: Iterable[tuple[Stored, torch.Tensor]]) -> None:
+        """See `read`."""
+        read(pairs, self._count, self.is_cancelled)
+
+    def check(self) -> None:
+        """Raises Cancelled where the run is."""
+        if self.is_cancelled():
+            raise Cancelled("Stopped.", "Nothing was written.")
+
+    def _count(self, size: int) -> None:
+        with self._lock:
+            self.done += size
 
 
 class _Files:

@@ -16,8 +16,8 @@ class Family(Protocol):
     SYSTEM: str | int  # leading text of the template, or its tokens, that the embeddings leave out
     VAE: Any  # diffusers' class
     PATCH: int  # latent cells a side of a token
-    Transformer: Any  # (folder, placement, device, dtype, read)
-    Forward: Any  # (transformer, timesteps, grid): a denoise.Forward that has `condition`
+    Transformer: Any  # (folder, placement, device, dtype, reader, cache)
+    Forward: Any  # (transformer, timesteps, grid, reader): a denoise.Forward that has `condition`
 
     def wrap(self, prompt: str) -> str:
         """The prompt in its template."""

@@ -14,9 +14,9 @@ from diffusers.models.transformers.transformer_qwenimage import QwenImageTransfo
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
 from qwen_image_tool.engine import transformer
+from qwen_image_tool.engine.cache import TensorCache
 from qwen_image_tool.engine.modulation import Modulation
-from qwen_image_tool.engine.placed import Read
-from qwen_image_tool.engine.weights import Checkpoint
+from qwen_image_tool.engine.weights import Checkpoint, Reader
 from qwen_image_tool.types import Placement
 
 TOKENIZER = "tokenizer"
@@ -75,14 +75,15 @@ class Transformer(transformer.Transformer):
         placement: Placement,
         device: torch.device,
         dtype: torch.dtype,
-        read: Read,
+        reader: Reader,
+        cache: TensorCache | None = None,
     ) -> None:
         model = transformer.without_weights(QwenImageTransformer2DModel, folder)
         checkpoint = Checkpoint(folder)
         self.modulation = Modulation(
-            list(model.transformer_blocks), transformer.PREFIX, checkpoint, device, dtype
+            list(model.transformer_blocks), transformer.PREFIX, checkpoint, device, dtype, cache
         )
-        super().__init__(model, checkpoint, placement, device, dtype, read)
+        super().__init__(model, checkpoint, placement, device, dtype, reader)
 
     def time_embedding(self, timestep: torch.Tensor) -> torch.Tensor:
         """[1, width], for a scalar timestep from 0 to 1000."""
@@ -110,12 +111,16 @@ class Forward:
     """
 
     def __init__(
-        self, transformer: Transformer, timesteps: torch.Tensor, grid: tuple[int, int]
+        self,
+        transformer: Transformer,
+        timesteps: torch.Tensor,
+        grid: tuple[int, int],
+        reader: Reader,
     ) -> None:
         self._transformer = transformer
         self._shapes = [[(1, *grid)]]
         self._tembs = [transformer.time_embedding(timestep) for timestep in timesteps]
-        self._table = transformer.modulation.table(timesteps, self._tembs)
+        self._table = transformer.modulation.table(timesteps, self._tembs, reader)
 
     def condition(self, embeddings: torch.Tensor) -> Condition:
         """`embeddings`: [1, text tokens, text encoder's width]."""

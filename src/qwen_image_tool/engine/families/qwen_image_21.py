@@ -16,8 +16,8 @@ from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21Tra
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
 
 from qwen_image_tool.engine import transformer
-from qwen_image_tool.engine.placed import Read
-from qwen_image_tool.engine.weights import Checkpoint
+from qwen_image_tool.engine.cache import TensorCache
+from qwen_image_tool.engine.weights import Checkpoint, Reader
 from qwen_image_tool.errors import ModelUnsupported
 from qwen_image_tool.types import Placement
 
@@ -66,7 +66,8 @@ class Transformer(transformer.Transformer):
         placement: Placement,
         device: torch.device,
         dtype: torch.dtype,
-        read: Read,
+        reader: Reader,
+        _cache: TensorCache | None = None,
     ) -> None:
         model = transformer.without_weights(QwenImage21Transformer2DModel, folder)
         if not model.config.causal_condition:
@@ -74,7 +75,7 @@ class Transformer(transformer.Transformer):
                 f"The transformer in {folder} has no causal condition.",
                 "Use the transformer that Qwen-Image-2.1 was published with.",
             )
-        super().__init__(model, Checkpoint(folder), placement, device, dtype, read)
+        super().__init__(model, Checkpoint(folder), placement, device, dtype, reader)
 
     def time_embedding(self, timestep: torch.Tensor) -> torch.Tensor:
         """[2, width], for a scalar timestep from 0 to 1000 and for 0."""
@@ -125,7 +126,11 @@ class Forward:
     """
 
     def __init__(
-        self, transformer: Transformer, timesteps: torch.Tensor, grid: tuple[int, int]
+        self,
+        transformer: Transformer,
+        timesteps: torch.Tensor,
+        grid: tuple[int, int],
+        _reader: Reader,
     ) -> None:
         self._transformer = transformer
         self._shape = (1, *grid)

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen_image_tool.engine.embeddings import EmbeddingCache, checkpoint_identity
+from qwen_image_tool.engine.cache import TensorCache, checkpoint_identity
 
 IDS = [5, 6, 7]
+LIMIT = 1 << 20
 VALUES = torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
 
 
@@ -19,7 +20,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_what_was_put_is_got_to_the_bit(folder: Path) -> None:
-    cache = EmbeddingCache(folder, ["a"])
+    cache = TensorCache(folder, ["a"], LIMIT)
     assert cache.get(IDS) is None
     cache.put(IDS, VALUES)
     found = cache.get(IDS)
@@ -30,14 +31,14 @@ def test_what_was_put_is_got_to_the_bit(folder: Path) -> None:
 
 
 def test_other_words_and_other_models_are_not_mixed_up(folder: Path) -> None:
-    EmbeddingCache(folder, ["a"]).put(IDS, VALUES)
-    assert EmbeddingCache(folder, ["b"]).get(IDS) is None
-    assert EmbeddingCache(folder, ["a"]).get([5, 67]) is None
-    assert EmbeddingCache(folder, ["a"]).get([56, 7]) is None
+    TensorCache(folder, ["a"], LIMIT).put(IDS, VALUES)
+    assert TensorCache(folder, ["b"], LIMIT).get(IDS) is None
+    assert TensorCache(folder, ["a"], LIMIT).get([5, 67]) is None
+    assert TensorCache(folder, ["a"], LIMIT).get([56, 7]) is None
 
 
 def test_a_damaged_entry_is_not_known(folder: Path) -> None:
-    cache = EmbeddingCache(folder, ["a"])
+    cache = TensorCache(folder, ["a"], LIMIT)
     cache.put(IDS, VALUES)
     [path] = folder.iterdir()
     for keep in (0, 10, path.stat().st_size - 1):
@@ -49,7 +50,7 @@ def test_a_damaged_entry_is_not_known(folder: Path) -> None:
 
 
 def test_the_least_recently_used_go_first(folder: Path) -> None:
-    cache = EmbeddingCache(folder, ["a"], limit=500)
+    cache = TensorCache(folder, ["a"], 500)
     for number in range(3):
         cache.put([number], VALUES)
         for path in folder.iterdir():
@@ -62,7 +63,7 @@ def test_the_least_recently_used_go_first(folder: Path) -> None:
 
 def test_a_cache_that_cannot_be_written_is_no_error(folder: Path) -> None:
     (folder / "file").write_text("not a folder", encoding="utf-8")
-    cache = EmbeddingCache(folder / "file", ["a"])
+    cache = TensorCache(folder / "file", ["a"], LIMIT)
     cache.put(IDS, VALUES)
     assert cache.get(IDS) is None
 
