@@ -1,6 +1,7 @@
-"""Write a full-size Qwen-Image (20B, 57.7 GB) of random weights in the layout it is published in.
+"""Write a full-size model of random weights in the layout it is published in: Qwen-Image (20B,
+57.7 GB) or Qwen-Image-2.1 (7B, 32.4 GB).
 
-    .venv/bin/python benchmarks/full_size.py FOLDER [--layers 60]
+    .venv/bin/python benchmarks/full_size.py FOLDER [--model qwen-image-2.1] [--layers 60]
 
 The values change neither time nor memory. They come from one small random pool, scaled so that
 activations stay finite; normalisation weights are one. `--layers` makes a smaller one.
@@ -11,49 +12,85 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
+from qwen_image_tool.catalog import load_catalog
 from qwen_image_tool.engine.weights import no_weights
 from qwen_image_tool.store import practice_folder
 
-SHARD_BYTES = 5_000_000_000
-POOL = 1 << 26  # numbers
+SHARD_BYTES = 2_500_000_000
+POOL = 1 << 24  # numbers
+WRITERS = 8  # threads
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--layers", type=int, default=60)
+    parser.add_argument("--model", choices=("qwen-image", "qwen-image-2.1"), default="qwen-image")
+    parser.add_argument(
+        "--layers", type=int, help="of transformer and text encoder; fewer: smaller"
+    )
     options = parser.parse_args()
-    make(options.folder, options.layers)
+    make(options.folder, options.model, options.layers)
 
 
-def make(folder: Path, layers: int = 60) -> None:
-    """A folder that `--model` takes: 20.4B + 8.3B + 0.13B parameters at 60 layers, bfloat16."""
+def make(folder: Path, model: str = "qwen-image", layers: int | None = None) -> None:
+    """A folder that `--model` takes; at full depth as many parameters as published, bfloat16."""
+    folder.mkdir(parents=True)
+    practice = practice_folder()
+    index = json.loads((practice / "model_index.json").read_text(encoding="utf-8"))
+    tokenizer = "tokenizer"
+    if model == "qwen-image-2.1":
+        index |= {"_class_name": "QwenImage21Pipeline", "sample_sigmas": None}
+        tokenizer = "processor"
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+    shutil.copytree(practice / "tokenizer", folder / tokenizer)
+    row = load_catalog().find(model)
+    (folder / "scheduler").mkdir()
+    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", **row.scheduler.model_dump()}
+    (folder / "scheduler" / "scheduler_config.json").write_text(
+        json.dumps(scheduler), encoding="utf-8"
+    )
+    depth = {} if layers is None else {"num_layers": layers}
+    pool = torch.randn(POOL, generator=torch.Generator().manual_seed(0))
+    with no_weights():
+        parts = published_21(depth) if model == "qwen-image-2.1" else published_20b(depth)
+    with ThreadPoolExecutor(WRITERS) as threads:
+        for name, part in parts.items():
+            write(folder / name, part, pool, threads)
+
+
+def published_20b(depth: dict[str, int]) -> dict[str, Any]:
     from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    folder.mkdir(parents=True)
-    for part in ("tokenizer", "scheduler", "model_index.json"):
-        source = practice_folder() / part
-        (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / part)
-    with no_weights():
-        text = {"hidden_size": 3584, "intermediate_size": 18944, "vocab_size": 152064}
-        text |= {"num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4}
-        models = {
-            "transformer": QwenImageTransformer2DModel(num_layers=layers),
-            "vae": AutoencoderKLQwenImage(),
-            "text_encoder": Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text)),
-        }
-    pool = torch.randn(POOL, generator=torch.Generator().manual_seed(0))
-    for name, model in models.items():
-        write(folder / name, model, pool)
+    text = {"hidden_size": 3584, "intermediate_size": 18944, "vocab_size": 152064}
+    text |= {"num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4}
+    return {
+        "transformer": QwenImageTransformer2DModel(**depth),
+        "vae": AutoencoderKLQwenImage(),
+        "text_encoder": Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text)),
+    }
 
 
-def write(folder: Path, model: Any, pool: torch.Tensor) -> None:
+def published_21(depth: dict[str, int]) -> dict[str, Any]:
+    from diffusers import AutoencoderKLQwenImage21, QwenImage21Transformer2DModel
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    text = {"hidden_size": 4096, "intermediate_size": 12288, "vocab_size": 151936}
+    text |= {"num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8}
+    return {
+        "transformer": QwenImage21Transformer2DModel(**depth),
+        "vae": AutoencoderKLQwenImage21(),
+        "text_encoder": Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text)),
+    }
+
+
+def write(folder: Path, model: Any, pool: torch.Tensor, threads: ThreadPoolExecutor) -> None:
     """One component: its config, its shards and their index."""
     folder.mkdir()
     save_config = getattr(model, "save_config", None) or model.config.save_pretrained
@@ -62,12 +99,14 @@ def write(folder: Path, model: Any, pool: torch.Tensor) -> None:
     stem = "diffusion_pytorch_model" if diffusers_name else "model"
     parameters = {stored_name(name): p.shape for name, p in model.named_parameters()}
     shards = list(split(parameters))
-    names: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-        names |= dict.fromkeys(shard, file)
-        with (folder / file).open("wb") as out:
-            write_shard(out, shard, pool)
+    files = [f"{stem}-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
+    done = [
+        threads.submit(write_shard, folder / file, shard, pool)
+        for file, shard in zip(files, shards, strict=True)
+    ]
+    for each in done:
+        each.result()
+    names = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
     index = {"metadata": {}, "weight_map": names}
     path = folder / f"{stem}.safetensors.index.json"
     path.write_text(json.dumps(index, indent=1), encoding="utf-8")
@@ -89,7 +128,7 @@ def split(parameters: dict[str, torch.Size]) -> Iterator[dict[str, torch.Size]]:
         yield shard
 
 
-def write_shard(out: BinaryIO, shard: dict[str, torch.Size], pool: torch.Tensor) -> None:
+def write_shard(path: Path, shard: dict[str, torch.Size], pool: torch.Tensor) -> None:
     header, offset = {}, 0
     for name, shape in shard.items():
         size = 2 * math.prod(shape)
@@ -100,10 +139,11 @@ def write_shard(out: BinaryIO, shard: dict[str, torch.Size], pool: torch.Tensor)
         }
         offset += size
     text = json.dumps(header).encode()
-    out.write(len(text).to_bytes(8, "little") + text)
-    for name, shape in shard.items():
-        for piece in values(name, shape, pool):
-            out.write(piece.to(torch.bfloat16).view(torch.uint8).numpy().tobytes())
+    with path.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for name, shape in shard.items():
+            for piece in values(name, shape, pool):
+                out.write(piece.to(torch.bfloat16).view(torch.uint8).numpy().data)
 
 
 def values(name: str, shape: torch.Size, pool: torch.Tensor) -> Iterator[torch.Tensor]:

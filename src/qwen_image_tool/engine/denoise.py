@@ -69,12 +69,50 @@ def denoise(
     """Run every timestep; returns the final latents, [pictures, tokens, channels].
 
     `conditions`: the prompt, then the negative prompt where `cfg` is above 1. `stepped(step,
-    seconds)` is called after each step, from 1; what it raises ends the loop.
+    seconds)` is called after each step, from 1, when the device has done it; what it raises ends
+    the loop.
     """
+    pace = Pace(latents.device, stepped)
     for step, timestep in enumerate(timesteps):
-        started = time.perf_counter()
         predictions = forward(latents, step, conditions)
         velocity = torch.cat([p[0] if len(p) == 1 else guide(p[0], p[1], cfg) for p in predictions])
         latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
-        stepped(step + 1, time.perf_counter() - started)
+        pace.step()
+    pace.finish()
     return latents
+
+
+class Pace:
+    """Tells of steps as the device finishes them, while the host is one step ahead: the device
+    never waits for the next launch, and a cancelled run ends within a step."""
+
+    def __init__(self, device: torch.device, stepped: Callable[[int, float], None]) -> None:
+        self._device, self._stepped = device, stepped
+        self._began = time.perf_counter()
+        self._told = 0
+        self._ahead: torch.cuda.Event | None = None
+
+    def step(self) -> None:
+        """A step has been launched."""
+        if self._device.type == "cuda":
+            before, self._ahead = self._ahead, torch.cuda.Event()
+            self._ahead.record()
+            if before:
+                before.synchronize()
+                self._tell()
+            return
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize()
+        self._tell()
+
+    def finish(self) -> None:
+        """All steps have been launched."""
+        if self._ahead:
+            self._ahead.synchronize()
+            self._tell()
+
+    def _tell(self) -> None:
+        now = time.perf_counter()
+        seconds, self._began = now - self._began, now
+        self._told += 1
+        self._stepped(self._told, seconds)

@@ -1,0 +1,553 @@
+"""Any card, same picture: whole requests of a full-size model under memory caps, beside diffusers.
+
+    python benchmarks/any_card.py FOLDER [--model qwen-image-2.1] [--size 1328x1328]
+        [--caps 4 8 12 16 24] [--rivals group sequential cache-dit] [--json FILE] [--docs FILE]
+
+FOLDER holds the model; one of random weights is made there if it is not there (full_size.py). Every
+line runs in a process of its own, so that its peaks are its own. The yardstick is diffusers' own
+pipeline with everything resident: final latents are compared bit for bit, pixels by levels of 255.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import full_size
+
+GIB = 1 << 30
+PROMPT = "a red circle left of a blue square on a yellow background, drawn with a soft brush"
+OTHER = "an old lighthouse above a green sea under a sky of heavy clouds, painted in oil"
+NEGATIVE = "blurry"
+SEED = 7
+
+
+def main() -> None:
+    options = parse()
+    if options.worker:
+        sys.path[:0] = [str(Path(__file__).parent)]
+        figures = WORKERS[options.worker](options)
+        print(json.dumps(figures), flush=True)
+        return
+    if not options.folder.exists():
+        began = time.perf_counter()
+        full_size.make(options.folder, options.model, options.layers)
+        print(f"model written in {time.perf_counter() - began:.0f} s", flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        options.scratch = Path(scratch)
+        report = {"about": about(options), "rows": list(measure(options))}
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    text = table(report)
+    print(text)
+    if options.docs:
+        write_section(options.docs, f"any card {options.model} {options.size}", text)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--model", choices=("qwen-image", "qwen-image-2.1"), default="qwen-image")
+    parser.add_argument("--size", default="1328x1328")
+    parser.add_argument("--caps", type=float, nargs="*", default=[4, 8, 12, 16, 24], help="GiB")
+    parser.add_argument("--modes", nargs="*", default=["exact"], help="exact, default")
+    parser.add_argument("--rivals", nargs="*", default=[])
+    parser.add_argument("--rival-cap", type=float, default=16, help="GiB")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--layers", type=int, help="for a model that is made here")
+    parser.add_argument("--placement", help="RESIDENT,SLOTS,SOURCE in place of the planner's")
+    parser.add_argument("--text-placement", help="the same for the text encoder")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--docs", type=Path)
+    parser.add_argument("--timeout", type=float, default=300, help="seconds a line")
+    parser.add_argument("--worker", choices=WORKERS, help=argparse.SUPPRESS)
+    parser.add_argument("--cap", type=float, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--mode", default="exact", help=argparse.SUPPRESS)
+    parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def measure(options: argparse.Namespace) -> Any:
+    """One row after the other, the yardstick first."""
+    lines = [("reference", 0.0, "exact")]
+    lines += [("ours", cap, mode) for mode in options.modes for cap in options.caps]
+    lines += [(name, options.rival_cap, "exact") for name in options.rivals]
+    for worker, cap, mode in lines:
+        row = {"line": worker, "cap_gib": cap, "mode": mode, **run(options, worker, cap, mode)}
+        print(json.dumps(row), flush=True)
+        yield row
+
+
+def run(options: argparse.Namespace, worker: str, cap: float, mode: str) -> dict[str, Any]:
+    given = ["--model", options.model, "--size", options.size, "--steps", str(options.steps)]
+    given += ["--worker", worker, "--cap", str(cap), "--mode", mode]
+    given += ["--scratch", str(options.scratch)]
+    if options.placement:
+        given += ["--placement", options.placement]
+    if options.text_placement:
+        given += ["--text-placement", options.text_placement]
+    command = [sys.executable, __file__, str(options.folder), *given]
+    try:
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, timeout=options.timeout, check=False, text=True
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"took more than {options.timeout:.0f} s"}
+    try:
+        found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    except (IndexError, ValueError):
+        return {"error": f"exit code {done.returncode}"}
+    return found
+
+
+# Workers: each prints one JSON object
+
+
+def reference(options: argparse.Namespace) -> dict[str, Any]:
+    """diffusers' pipeline, everything resident; keeps what the others are compared with."""
+    import numpy as np
+    import torch
+
+    pipe = pipeline(options, whole=True).to("cuda")
+    pipe.set_progress_bar_config(disable=True)
+    embeds = {name: encode(pipe, text) for name, text in (("p", PROMPT), ("n", NEGATIVE))}
+    torch.save(embeds, options.scratch / "embeds.pt")
+    call(pipe, options, embeds)  # the first run warms up
+    torch.cuda.reset_peak_memory_stats()
+    latents, seconds = call(pipe, options, embeds)
+    torch.save(latents.cpu(), options.scratch / "latents.pt")
+    peak = torch.cuda.max_memory_allocated()
+    began = time.perf_counter()
+    image = decode(pipe, latents, options)
+    took = time.perf_counter() - began
+    np.save(options.scratch / "image.npy", np.asarray(image))
+    torch.cuda.empty_cache()
+    return {
+        "step_seconds": seconds,
+        "decode_seconds": took,
+        "peak_allocated_gib": peak / GIB,
+        "finite": bool(latents.isfinite().all()),
+        "bus_gb_s": bus(),
+    }
+
+
+def ours(options: argparse.Namespace) -> dict[str, Any]:
+    """Our engine under a cap: a cold request, one with new prompts, one with known prompts."""
+    began = process_start()
+    import numpy as np
+    import torch
+
+    from qwen_image_tool import device as hardware
+    from qwen_image_tool.catalog import load_catalog
+    from qwen_image_tool.engine import vae
+    from qwen_image_tool.engine.engine import Engine
+    from qwen_image_tool.engine.probe import torch_facts
+    from qwen_image_tool.store import locate
+    from qwen_image_tool.types import Stepped
+
+    installed = locate(str(options.folder), load_catalog(), Path())
+    here = hardware.probe(torch_facts()).within(None, int(options.cap * GIB) or None)
+    request = request_for(options, installed, PROMPT)
+    plan = plan_for(options, request, installed, here)
+    steps: list[float] = []
+    first: list[float] = []
+    cells: list[Any] = []
+
+    def emit(event: Any) -> None:
+        if isinstance(event, Stepped):
+            steps.append(event.seconds)
+            first.append(time.time() - began)
+
+    plain = vae.decode
+
+    def keep(model: Any, latents: Any, *rest: Any) -> Any:
+        cells.append(latents.cpu())
+        return plain(model, latents, *rest)
+
+    vae.decode = keep  # type: ignore[assignment]
+    cache = options.scratch / f"cache-{options.cap}-{options.mode}"
+    engine = Engine(installed, cache)
+    runs = []
+    for prompt in (PROMPT, OTHER, PROMPT):
+        asked = request.model_copy(update={"prompt": prompt})
+        runs.append(engine.run(asked, [plan], emit, lambda: False))
+    same = torch.equal(cells[0], torch.load(options.scratch / "latents.pt"))
+    levels = np.abs(
+        np.asarray(runs[0].images[0]).astype(int) - np.load(options.scratch / "image.npy")
+    )
+    count = options.steps
+    return {
+        "placement": plan.placement.model_dump(),
+        "text_placement": plan.text_placement.model_dump(),
+        "compiled": plan.compiled,
+        "step_seconds": [steps[i] for i in range(3 * count) if i % count],
+        "seconds": [run.seconds for run in runs],
+        "start_to_first_step": first[0],
+        "equal_latents": same,
+        "repeats": torch.equal(cells[0], cells[2]),
+        "equal_embeddings": same_embeddings(cache, options.scratch),
+        "levels": int(levels.max()),
+        "pixels_that_differ": float((levels > 0).mean()),
+        "peak_reserved_gib": torch.cuda.max_memory_reserved() / GIB,
+        "peak_allocated_gib": torch.cuda.max_memory_allocated() / GIB,
+        "peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB,
+        "bytes_per_step": (plan.placement.blocks - plan.placement.resident)
+        * installed.blocks.bytes,
+        "text_bytes": installed.text_layers.count * installed.text_layers.bytes,
+        "predicted": [need.model_dump() for need in plan.phases],
+    }
+
+
+def rival(options: argparse.Namespace, place: Callable[[Any], None]) -> dict[str, Any]:
+    """diffusers' pipeline with its transformer placed by `place`, on embeddings that are given."""
+    import torch
+
+    pipe = pipeline(options, whole=False)
+    pipe.set_progress_bar_config(disable=True)
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(options.cap * GIB / total)
+    embeds = torch.load(options.scratch / "embeds.pt")
+    began = time.perf_counter()
+    place(pipe)
+    set_up = time.perf_counter() - began
+    latents, seconds = call(pipe, options, embeds, steps=2)
+    return {
+        "step_seconds": seconds,
+        "set_up_seconds": set_up,
+        "finite": bool(latents.isfinite().all()),
+        "peak_reserved_gib": torch.cuda.max_memory_reserved() / GIB,
+    }
+
+
+def group(options: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    def place(pipe: Any) -> None:
+        pipe.transformer.enable_group_offload(
+            onload_device=torch.device("cuda"),
+            offload_device=torch.device("cpu"),
+            offload_type="block_level",
+            num_blocks_per_group=1,
+            use_stream=True,
+            record_stream=True,
+        )
+
+    return rival(options, place)
+
+
+def sequential(options: argparse.Namespace) -> dict[str, Any]:
+    return rival(options, lambda pipe: pipe.enable_sequential_cpu_offload())
+
+
+def cache_dit(options: argparse.Namespace) -> dict[str, Any]:
+    from cache_dit.offload import layerwise_offload
+
+    def place(pipe: Any) -> None:
+        blocks = "transformer_blocks"
+        for name, part in pipe.transformer.named_children():
+            if name != blocks:
+                part.to("cuda")
+        count = len(pipe.transformer.transformer_blocks)
+        resident = int((options.cap - 4) * GIB / block_bytes(pipe.transformer))
+        resident = max(0, min(count - 4, resident))
+        layerwise_offload(
+            pipe.transformer,
+            module_names=[f"{blocks}.{i}" for i in range(count)],
+            async_transfer=True,
+            non_blocking=True,
+            transfer_buckets=2,
+            prefetch_limit=True,
+            persistent_buckets=resident,
+            persistent_bins=max(1, resident),
+        )
+
+    return rival(options, place)
+
+
+WORKERS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "reference": reference,
+    "ours": ours,
+    "group": group,
+    "sequential": sequential,
+    "cache-dit": cache_dit,
+}
+
+
+# What the workers share
+
+
+def request_for(options: argparse.Namespace, installed: Any, prompt: str) -> Any:
+    from qwen_image_tool.types import Request, Size
+
+    cfg = 4.0 if options.model == "qwen-image" else 1.0
+    return installed.model.resolve(
+        Request(
+            model=str(options.folder),
+            prompt=prompt,
+            negative_prompt=NEGATIVE if cfg > 1 else None,
+            cfg=cfg,
+            size=Size.parse(options.size),
+            steps=options.steps,
+            mode=options.mode,
+        ),
+        SEED,
+    )
+
+
+def plan_for(options: argparse.Namespace, request: Any, installed: Any, here: Any) -> Any:
+    """The planner's, with the placements that were given in place of its own."""
+    from qwen_image_tool import planner
+    from qwen_image_tool.types import Placement
+
+    plan = planner.plan(request, installed, here)
+    changes: dict[str, Any] = {"vram_limit_bytes": int(options.cap * GIB)}
+    for name in ("placement", "text_placement"):
+        if getattr(options, name):
+            resident, slots, source = getattr(options, name).split(",")
+            count = getattr(plan, name).blocks
+            changes |= {"device": "cuda", "dtype": "bfloat16"}
+            changes[name] = Placement(
+                blocks=count,
+                resident=min(count, int(resident)),
+                slots=int(slots),
+                source=source or "",
+            )
+    return plan.model_copy(update=changes)
+
+
+def pipeline(options: argparse.Namespace, whole: bool) -> Any:
+    """diffusers' pipeline over the folder, in bfloat16; not `whole`: its transformer alone."""
+    import diffusers
+    import torch
+    import transformers
+
+    folder, new = options.folder, options.model == "qwen-image-2.1"
+    load = {"dtype": torch.bfloat16}
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
+    kinds: tuple[Any, Any, Any] = (
+        diffusers.QwenImageTransformer2DModel,
+        diffusers.AutoencoderKLQwenImage,
+        transformers.Qwen2_5_VLForConditionalGeneration,
+    )
+    if new:
+        kinds = (
+            diffusers.QwenImage21Transformer2DModel,
+            diffusers.AutoencoderKLQwenImage21,
+            transformers.Qwen3VLForConditionalGeneration,
+        )
+    parts = {
+        "scheduler": scheduler,
+        "transformer": kinds[0].from_pretrained(folder / "transformer", **load),
+        "vae": kinds[1].from_pretrained(folder / "vae", **load) if whole else None,
+        "text_encoder": kinds[2].from_pretrained(folder / "text_encoder", **load)
+        if whole
+        else None,
+    }
+    words = transformers.Qwen2Tokenizer.from_pretrained(
+        folder / ("processor" if new else "tokenizer")
+    )
+    if new:
+        return diffusers.QwenImage21Pipeline(processor=Processor(words), **parts)
+    return diffusers.QwenImagePipeline(tokenizer=words, **parts)
+
+
+class Processor:
+    """What QwenImage21Pipeline asks of a Qwen3VLProcessor for text alone."""
+
+    def __init__(self, words: Any) -> None:
+        self.tokenizer = words
+
+    def __call__(self, text: list[str], **kwargs: Any) -> Any:
+        return self.tokenizer(text, **kwargs)
+
+    def apply_chat_template(self, messages: Any, **_: Any) -> list[list[int]]:
+        [message] = messages
+        [content] = message["content"]
+        text = f"<|im_start|>{message['role']}\n{content['text']}<|im_end|>\n"
+        return [self.tokenizer(text).input_ids]
+
+
+def encode(pipe: Any, prompt: str) -> Any:
+    import torch
+
+    with torch.no_grad():
+        return pipe.encode_prompt(prompt, device=torch.device("cuda"))[0]
+
+
+def call(
+    pipe: Any, options: argparse.Namespace, embeds: dict[str, Any], steps: int = 0
+) -> tuple[Any, list[float]]:
+    """Final latents as cells, and the seconds of each step but the first."""
+    import torch
+
+    from qwen_image_tool.types import Size
+
+    size = Size.parse(options.size)
+    times = [time.perf_counter()]
+
+    def stepped(_pipe: Any, _step: int, _time: Any, values: dict[str, Any]) -> dict[str, Any]:
+        torch.cuda.synchronize()
+        times.append(time.perf_counter())
+        return values
+
+    how: dict[str, Any] = {"prompt_embeds": embeds["p"]}
+    if options.model == "qwen-image":
+        how |= {"negative_prompt_embeds": embeds["n"], "true_cfg_scale": 4.0}
+    latents = pipe(
+        **how,
+        width=size.width,
+        height=size.height,
+        num_inference_steps=steps or options.steps,
+        generator=torch.Generator("cpu").manual_seed(SEED),
+        output_type="latent",
+        callback_on_step_end=stepped,
+    ).images
+    cells = pipe._unpack_latents(latents, size.height, size.width, pipe.vae_scale_factor)
+    return cells, [b - a for a, b in itertools.pairwise(times)][1:]
+
+
+def decode(pipe: Any, cells: Any, options: argparse.Namespace) -> Any:
+    """As the pipelines' __call__ ends."""
+    import torch
+
+    from qwen_image_tool.catalog import load_catalog
+    from qwen_image_tool.engine import families, vae
+
+    family = families.family(load_catalog().find(options.model).family)
+    with torch.no_grad():
+        return vae.decode(pipe.vae, cells.to("cuda"), family.unscale)
+
+
+def same_embeddings(cache: Path, scratch: Path) -> bool:
+    """Whether what our engine kept of both prompts ends in what diffusers encoded."""
+    import torch
+    from safetensors.torch import load_file
+
+    kept = [load_file(file)["tensor"] for file in (cache / "embeddings").glob("*.safetensors")]
+    theirs = [embeds.cpu() for embeds in torch.load(scratch / "embeds.pt").values()]
+    return all(
+        any(torch.equal(mine[:, -each.shape[1] :], each) for mine in kept) for each in theirs
+    )
+
+
+def block_bytes(transformer: Any) -> int:
+    return sum(p.nbytes for p in transformer.transformer_blocks[0].parameters())
+
+
+def bus() -> float:
+    """GB/s of a page-locked copy to the GPU."""
+    import torch
+
+    host = torch.empty(GIB // 2, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty_like(host, device="cuda")
+    rates = []
+    for _ in range(4):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        there.copy_(host, non_blocking=True)
+        torch.cuda.synchronize()
+        rates.append(host.nbytes / (time.perf_counter() - began) / 1e9)
+    return max(rates)
+
+
+def process_start() -> float:
+    """When this process began, in seconds since the epoch."""
+    import psutil
+
+    return psutil.Process(os.getpid()).create_time()
+
+
+# The report
+
+
+def about(options: argparse.Namespace) -> dict[str, Any]:
+    import torch
+    import transformers
+
+    from qwen_image_tool.app import library_versions
+
+    return {
+        "command": " ".join(["python", "benchmarks/any_card.py", "FOLDER", *sys.argv[2:]]),
+        "date": time.strftime("%Y-%m-%d"),
+        "gpu": torch.cuda.get_device_name(),
+        "cuda": torch.version.cuda,
+        "machine": platform.platform(terse=True),
+        "versions": library_versions() | {"transformers": transformers.__version__},
+        "model": options.model,
+        "size": options.size,
+        "steps": options.steps,
+    }
+
+
+COLUMNS = (
+    "cap GiB",
+    "s a step",
+    "of resident speed",
+    "equal latents",
+    "levels (pixels that differ)",
+    "peak reserved GiB",
+    "GB a step",
+    "resident",
+    "first step s",
+    "new prompts s",
+)
+
+
+def table(report: dict[str, Any]) -> str:
+    made = report["about"]
+    rows = report["rows"]
+    plain = statistics.median(rows[0]["step_seconds"])
+    versions = ", ".join(f"{k} {v}" for k, v in made["versions"].items())
+    lines = [
+        f"`{made['command']}`, {made['date']}: {made['gpu']}, {versions}.",
+        "",
+        f"| | {' | '.join(COLUMNS)} |",
+        "|---" * (len(COLUMNS) + 1) + "|",
+    ]
+    for row in rows:
+        name = f"{row['line']}, {row['mode']}"
+        if "error" in row:
+            lines.append(f"| {name} | {row['cap_gib']:g} | {row['error']} |" + " |" * 8)
+            continue
+        step = statistics.median(row["step_seconds"])
+        cells = [name, f"{row['cap_gib']:g}", f"{step:.4f}", f"{plain / step:.3f}"]
+        if row["line"] == "ours":
+            cells += [
+                "yes" if row["equal_latents"] else "no",
+                f"{row['levels']} ({row['pixels_that_differ']:.2%})",
+                f"{row['peak_reserved_gib']:.2f}",
+                f"{row['bytes_per_step'] / 1e9:.1f}",
+                f"{row['placement']['resident']} of {row['placement']['blocks']}",
+                f"{row['start_to_first_step']:.1f}",
+                f"{row['seconds'][1]['encode']:.2f}",
+            ]
+        else:
+            peak = row.get("peak_reserved_gib", row.get("peak_allocated_gib", 0))
+            cells += ["", "", f"{peak:.2f}", "", "", "", ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def write_section(file: Path, name: str, text: str) -> None:
+    """Put `text` between the marks of `name`, at the end where there are none."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    old = file.read_text(encoding="utf-8")
+    if begin not in old:
+        old = f"{old.rstrip()}\n\n{begin}\n{end}\n"
+    before, rest = old.split(begin)
+    after = rest.split(end)[1]
+    file.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
