@@ -55,36 +55,36 @@ def make(folder: Path, model: str = "qwen-image", layers: int | None = None) -> 
     (folder / "scheduler" / "scheduler_config.json").write_text(
         json.dumps(scheduler), encoding="utf-8"
     )
-    depth = {} if layers is None else {"num_layers": layers}
     pool = torch.randn(POOL, generator=torch.Generator().manual_seed(0))
     with no_weights():
-        parts = published_21(depth) if model == "qwen-image-2.1" else published_20b(depth)
+        published = published_21 if model == "qwen-image-2.1" else published_20b
+        parts = published(layers)
     with ThreadPoolExecutor(WRITERS) as threads:
         for name, part in parts.items():
             write(folder / name, part, pool, threads)
 
 
-def published_20b(depth: dict[str, int]) -> dict[str, Any]:
+def published_20b(layers: int | None) -> dict[str, Any]:
     from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     text = {"hidden_size": 3584, "intermediate_size": 18944, "vocab_size": 152064}
-    text |= {"num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4}
+    text |= {"num_hidden_layers": layers or 28, "num_attention_heads": 28, "num_key_value_heads": 4}
     return {
-        "transformer": QwenImageTransformer2DModel(**depth),
+        "transformer": QwenImageTransformer2DModel(num_layers=layers or 60),
         "vae": AutoencoderKLQwenImage(),
         "text_encoder": Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text)),
     }
 
 
-def published_21(depth: dict[str, int]) -> dict[str, Any]:
+def published_21(layers: int | None) -> dict[str, Any]:
     from diffusers import AutoencoderKLQwenImage21, QwenImage21Transformer2DModel
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
     text = {"hidden_size": 4096, "intermediate_size": 12288, "vocab_size": 151936}
-    text |= {"num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8}
+    text |= {"num_hidden_layers": layers or 36, "num_attention_heads": 32, "num_key_value_heads": 8}
     return {
-        "transformer": QwenImage21Transformer2DModel(**depth),
+        "transformer": QwenImage21Transformer2DModel(num_layers=layers or 32),
         "vae": AutoencoderKLQwenImage21(),
         "text_encoder": Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text)),
     }
@@ -97,7 +97,8 @@ def write(folder: Path, model: Any, pool: torch.Tensor, threads: ThreadPoolExecu
     save_config(folder)
     diffusers_name = hasattr(model, "save_config")
     stem = "diffusion_pytorch_model" if diffusers_name else "model"
-    parameters = {stored_name(name): p.shape for name, p in model.named_parameters()}
+    kind = type(model).__name__
+    parameters = {stored_name(kind, name): p.shape for name, p in model.named_parameters()}
     shards = list(split(parameters))
     files = [f"{stem}-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
     done = [
@@ -112,8 +113,10 @@ def write(folder: Path, model: Any, pool: torch.Tensor, threads: ThreadPoolExecu
     path.write_text(json.dumps(index, indent=1), encoding="utf-8")
 
 
-def stored_name(name: str) -> str:
-    """As the published text encoder names its tensors."""
+def stored_name(kind: str, name: str) -> str:
+    """As the published text encoder of that class names its tensors."""
+    if kind != "Qwen2_5_VLForConditionalGeneration":
+        return name
     return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
 
 

@@ -320,7 +320,7 @@ def _limit_memory(device: torch.device, limit: int) -> None:
     """Make torch fail above `limit` bytes of the GPU; 0 lifts the limit."""
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, (limit or total) / total), device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (limit or total) / total))
 
 
 @contextmanager
