@@ -1,11 +1,9 @@
 """Latents -> pixels."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
 from PIL import Image
 from torch import nn
 from torch.nn import functional
@@ -14,6 +12,7 @@ from qwen_image_tool.types import Size
 
 # Latent cells, their mean and their deviation, to latent cells as the VAE reads them
 Unscale = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Rows = tuple[int, int]  # first, and one past the last
 
 
 def scale(vae: Any) -> int:
@@ -21,33 +20,34 @@ def scale(vae: Any) -> int:
     return int(2 ** len(vae.temperal_downsample))
 
 
-def decode(vae: Any, cells: torch.Tensor, unscale: Unscale) -> Image.Image:
+def decode(vae: Any, cells: torch.Tensor, unscale: Unscale, strips: int = 1) -> Image.Image:
     """One picture's latent cells, [1, channels, 1, height, width], to its RGB or RGBA picture.
 
-    Source: the end of QwenImagePipeline.__call__, VaeImageProcessor.postprocess.
+    `strips`: how many parts, of whole rows of cells, a single-frame decoder works in. More take
+    less memory and more time; the picture is the same within rounding. Raises ValueError where
+    the decoder is diffusers' own, which has no strips, or where the rows are too few.
+    Source: the end of QwenImagePipeline.__call__.
     """
     cells = cells.to(vae.dtype)
     shape = (1, vae.config.z_dim, 1, 1, 1)
     mean = torch.tensor(vae.config.latents_mean).view(shape).to(cells)
     std = torch.tensor(vae.config.latents_std).view(shape).to(cells)
-    pixels = _pixels(vae, unscale(cells, mean, std))[0, :, 0]
-    unit = (pixels * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0).cpu().float().numpy()
-    return Image.fromarray((unit * 255).round().astype(np.uint8))
+    return Image.fromarray(levels(vae, unscale(cells, mean, std), strips).cpu().numpy())
+
+
+def levels(vae: Any, cells: torch.Tensor, strips: int = 1) -> torch.Tensor:
+    """Latent cells as the VAE reads them to uint8 [height, width, 3 or 4], on their device."""
+    if isinstance(vae.decoder, _Decoder):
+        return torch.cat([_levels(part) for part in vae.decoder.strips(cells[:, :, 0], strips)])
+    if strips != 1:
+        raise ValueError("diffusers' own decoder has no strips")
+    return _levels(vae.decode(cells, return_dict=False)[0][:, :, 0])
 
 
 def make_single_frame(vae: Any) -> None:
-    """Turn the VAE's decoder, in place, into one for a single frame: much faster, within rounding.
-
-    For one frame a causal 3D convolution is the 2D convolution with its last temporal tap: the
-    others only see the zeros before the first frame. AutoencoderKLQwenImage21 is one already.
-    """
-    if not isinstance(vae.post_quant_conv, QwenImageCausalConv3d):
-        return
-    vae.post_quant_conv = _SingleFrame(vae.post_quant_conv)
-    for module in list(vae.decoder.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, QwenImageCausalConv3d):
-                setattr(module, name, _SingleFrame(child))
+    """Turn the VAE's decoder, in place, into one for a single frame: faster, within rounding, and
+    in less memory. `vae.decode` does not work afterwards; `decode` does."""
+    vae.decoder = _Decoder(vae.post_quant_conv, vae.decoder)
 
 
 def crop_centre(image: Image.Image, size: Size) -> Image.Image:
@@ -56,26 +56,234 @@ def crop_centre(image: Image.Image, size: Size) -> Image.Image:
     return image.crop((left, top, left + size.width, top + size.height))
 
 
-def _pixels(vae: Any, cells: torch.Tensor) -> torch.Tensor:
-    """[1, 3 or 4, 1, height, width] in -1 to 1."""
-    if isinstance(vae.post_quant_conv, _SingleFrame):
-        decoded: torch.Tensor = vae.decoder(vae.post_quant_conv(cells))
-        return decoded.clamp(-1, 1)
-    pixels: torch.Tensor = vae.decode(cells, return_dict=False)[0]
-    return pixels
+def _levels(pixels: torch.Tensor) -> torch.Tensor:
+    """Pixels in -1 to 1, [1, 3 or 4, height, width], to levels in 0 to 255. Source:
+    VaeImageProcessor.postprocess."""
+    unit = (pixels[0].clamp(-1, 1) * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0)
+    return (unit.float() * 255).round().to(torch.uint8)
 
 
-class _SingleFrame(nn.Module):
-    """Stands in for a QwenImageCausalConv3d on [batch, channels, 1, height, width]."""
+class _Decoder(nn.Module):
+    """The decoder of AutoencoderKLQwenImage or of AutoencoderKLQwenImage21, for a single frame.
+
+    The head sees the whole frame at the size of the latents, because of its attention. Each part
+    of the tail sees a few rows around a row (`needs`), so the tail runs on strips of the frame.
+    Weights and activations are channels-last: convolutions need no transposed copies, a strip of
+    rows is one piece of memory. On Apple's GPU they are not (not verified there).
+    """
+
+    def __init__(self, post_quant_conv: Any, decoder: Any) -> None:
+        super().__init__()
+        middle = decoder.mid_block
+        first, *rest = (_Residual(block) for block in middle.resnets)
+        between = [_Attention(attention) for attention in middle.attentions]
+        self.head = nn.Sequential(_Conv(post_quant_conv), _Conv(decoder.conv_in), first)
+        for attention, block in zip(between, rest, strict=True):
+            self.head.extend([attention, block])
+        self._parts = [part for up in decoder.up_blocks for part in _up_block(up)]
+        self._parts.append(_Output(decoder.norm_out, decoder.conv_out))
+        self.tail = nn.ModuleList(self._parts)
+        device = next(decoder.parameters()).device.type
+        self._format = torch.contiguous_format if device == "mps" else torch.channels_last
+        for weight in self.parameters():
+            if weight.ndim == 4:
+                weight.data = weight.data.contiguous(memory_format=self._format)
+
+    def strips(self, cells: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
+        """[1, z, height, width] to `count` times [1, 3 or 4, rows, width], from top to bottom."""
+        cells = self.head(cells.contiguous(memory_format=self._format))
+        height = cells.shape[2]
+        if not 1 <= count <= height:
+            raise ValueError(f"{height} rows of latent cells don't make {count} strips")
+        for strip in range(count):
+            yield self._strip(cells, (height * strip // count, height * (strip + 1) // count))
+
+    def _strip(self, cells: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """The rows of pixels that belong to these rows of cells. Each part is given the rows it
+        needs: where they end inside the frame, those it spoils with its padding are cut off."""
+        (start, end), *outcomes = self._needs(rows, cells.shape[2])
+        cells = cells[:, :, start:end]
+        for part, (low, high) in zip(self._parts, outcomes, strict=True):
+            top = start * part.factor
+            cells = part(cells)[:, :, low - top : high - top]
+            start = low
+        return cells
+
+    def _needs(self, rows: Rows, height: int) -> list[Rows]:
+        """The rows that go into each part of the tail, and those of pixels that come out."""
+        for part in self._parts:
+            height, rows = height * part.factor, (rows[0] * part.factor, rows[1] * part.factor)
+        found = [rows]
+        for part in reversed(self._parts):
+            height //= part.factor
+            low, high = part.needs(found[0])
+            found.insert(0, (max(low, 0), min(high, height)))
+        return found
+
+
+class _Layer(nn.Module):
+    """From and to one frame, [1, channels, height, width]."""
+
+    def __call__(self, frame: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = super().__call__(frame)
+        return result
+
+
+class _Part(_Layer):
+    """A layer that gives `factor` rows for one, and sees a few rows around a row."""
+
+    factor = 1
+
+    def needs(self, rows: Rows) -> Rows:
+        """The rows, of a frame without borders, that these rows of the result are made from."""
+        raise NotImplementedError
+
+
+class _Conv(_Layer):
+    """A convolution. For one frame a causal 3D convolution is the 2D one with its last temporal
+    tap: the others only see the zeros before the first frame."""
 
     def __init__(self, conv: Any) -> None:
         super().__init__()
-        self.weight = nn.Parameter(conv.weight[:, :, -1].contiguous(), requires_grad=False)
-        self.bias = conv.bias
-        self._stride = conv.stride[1:]
-        self._padding = conv._padding[2], conv._padding[0]
+        taps = conv.weight[:, :, -1] if conv.weight.ndim == 5 else conv.weight
+        self.weight = nn.Parameter(taps.clone(), requires_grad=False)
+        self.bias = nn.Parameter(conv.bias, requires_grad=False)
+        # A causal convolution pads by itself: left, right, top, bottom
+        causal = getattr(conv, "_padding", None)
+        self.padding = (causal[2], causal[0]) if causal else conv.padding
 
     def forward(self, frame: torch.Tensor) -> torch.Tensor:
-        return functional.conv2d(
-            frame.squeeze(2), self.weight, self.bias, self._stride, self._padding
-        ).unsqueeze(2)
+        return functional.conv2d(frame, self.weight, self.bias, padding=self.padding)
+
+
+class _Norm(_Layer):
+    """A pixel's channels over their root mean square. The sum of squares is made in float32
+    without a copy of the frame in float32. Source: QwenImageRMS_norm."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(norm.gamma.view(-1, 1, 1), requires_grad=False)
+        self.scale = norm.scale
+
+    def forward(self, frame: torch.Tensor) -> torch.Tensor:
+        length = torch.linalg.vector_norm(frame, dim=1, keepdim=True, dtype=torch.float32)
+        unit = torch.div(frame, length.clamp_min_(1e-12), out=torch.empty_like(frame))
+        return unit.mul_(self.scale).mul_(self.gamma)
+
+
+class _Residual(_Part):
+    """Source: QwenImageResidualBlock."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = _Norm(block.norm1), _Conv(block.conv1)
+        self.norm2, self.conv2 = _Norm(block.norm2), _Conv(block.conv2)
+        same = isinstance(block.conv_shortcut, nn.Identity)
+        self.shortcut = None if same else _Conv(block.conv_shortcut)
+        self._reach = self.conv1.padding[0] + self.conv2.padding[0]
+
+    def forward(self, frame: torch.Tensor) -> torch.Tensor:
+        inner = self.conv1(_silu(self.norm1(frame)))
+        inner = _silu(self.norm2(inner))
+        inner = self.conv2(inner)
+        return inner.add_(frame if self.shortcut is None else self.shortcut(frame))
+
+    def needs(self, rows: Rows) -> Rows:
+        return rows[0] - self._reach, rows[1] + self._reach
+
+
+class _Attention(_Layer):
+    """Each pixel looks at all others. Source: QwenImageAttentionBlock."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.norm, self.to_qkv, self.proj = (
+            _Norm(block.norm),
+            _Conv(block.to_qkv),
+            _Conv(block.proj),
+        )
+
+    def forward(self, frame: torch.Tensor) -> torch.Tensor:
+        # [1, 1 head, pixels, 3 * channels]
+        qkv = self.to_qkv(self.norm(frame)).flatten(2).transpose(1, 2).contiguous()[None]
+        query, key, value = qkv.chunk(3, dim=-1)
+        seen = functional.scaled_dot_product_attention(query, key, value)
+        return self.proj(seen[0].transpose(1, 2).unflatten(2, frame.shape[2:])).add_(frame)
+
+
+class _Upsample(_Part):
+    """Twice the rows and columns. Source: QwenImageResample, of which the first frame skips
+    `time_conv`; nearest pixels need no float32."""
+
+    factor = 2
+
+    def __init__(self, resample: Any) -> None:
+        super().__init__()
+        self.conv = _Conv(resample.resample[1])
+
+    def forward(self, frame: torch.Tensor) -> torch.Tensor:
+        return self.conv(functional.interpolate(frame, scale_factor=2, mode="nearest"))
+
+    def needs(self, rows: Rows) -> Rows:
+        reach = self.conv.padding[0]
+        return (rows[0] - reach) // 2, -((-rows[1] - reach) // 2)
+
+
+class _Doubling(_Part):
+    """Blocks that double the frame, with a shortcut around all of them that spreads channels over
+    the new pixels. Source: QwenImage21ResidualUpBlock, QwenImage21DupUp3D."""
+
+    factor = 2
+
+    source: torch.Tensor
+
+    def __init__(self, blocks: list[_Part], spread: Any) -> None:
+        super().__init__()
+        self._blocks = blocks
+        self.blocks = nn.Sequential(*blocks)
+        # Which channel a new channel reads at each of the four pixels, in the last frame
+        source = torch.arange(spread.in_channels).repeat_interleave(spread.repeats)
+        source = source.view(spread.out_channels, spread.factor_t, spread.factor_s**2)[:, -1]
+        self.register_buffer("source", source.T.contiguous(), persistent=False)
+
+    def forward(self, frame: torch.Tensor) -> torch.Tensor:
+        doubled: torch.Tensor = self.blocks(frame)
+        for place, channels in enumerate(self.source):
+            row, column = divmod(place, 2)
+            doubled[:, :, row::2, column::2] += frame[:, channels]
+        return doubled
+
+    def needs(self, rows: Rows) -> Rows:
+        for block in reversed(self._blocks):
+            rows = block.needs(rows)
+        return rows
+
+
+class _Output(_Part):
+    """Source: the end of QwenImageDecoder3d.forward."""
+
+    def __init__(self, norm: Any, conv: Any) -> None:
+        super().__init__()
+        self.norm, self.conv = _Norm(norm), _Conv(conv)
+
+    def forward(self, frame: torch.Tensor) -> torch.Tensor:
+        return self.conv(_silu(self.norm(frame)))
+
+    def needs(self, rows: Rows) -> Rows:
+        return rows[0] - self.conv.padding[0], rows[1] + self.conv.padding[0]
+
+
+def _up_block(block: Any) -> list[_Part]:
+    """The parts of a QwenImageUpBlock or of a QwenImage21ResidualUpBlock."""
+    parts: list[_Part] = [_Residual(each) for each in block.resnets]
+    if hasattr(block, "avg_shortcut"):
+        upsamplers = [block.upsampler] if block.upsampler is not None else []
+    else:
+        upsamplers = block.upsamplers or []
+    parts += [_Upsample(each) for each in upsamplers]
+    spread = getattr(block, "avg_shortcut", None)
+    return parts if spread is None else [_Doubling(parts, spread)]
+
+
+def _silu(frame: torch.Tensor) -> torch.Tensor:
+    return functional.silu(frame, inplace=True)

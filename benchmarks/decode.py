@@ -1,0 +1,249 @@
+"""Latents to pixels: diffusers' full frame and its tiling, ours and ours in strips, in one run.
+
+    .venv/bin/python benchmarks/decode.py [--json FILE] [--write]
+
+Full-size VAEs with random weights, in bfloat16: the values change neither time nor memory. On a GPU
+the caps are those of torch's allocator, weights included. Seconds are from latents to pixels, both
+on the device, the median of `--repeats` after two that don't count. Working memory is the peak
+beside the weights. `--write` puts the table into docs/benchmarks.md. `--small` makes narrow VAEs
+and small frames, which is what a CPU can do.
+"""
+
+import argparse
+import copy
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import AutoencoderKLQwenImage, AutoencoderKLQwenImage21
+
+from qwen_image_tool.decoding import DECODINGS
+from qwen_image_tool.engine import vae
+from qwen_image_tool.types import Size
+
+GIB = 2**30
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+BEGIN, END = "<!-- decode -->", "<!-- end of decode -->"
+CLASSES = {"qwen-image": AutoencoderKLQwenImage, "qwen-image-2.1": AutoencoderKLQwenImage21}
+SIZES = {"qwen-image": [1024, 1328, 2048], "qwen-image-2.1": [1024, 2048]}
+NARROW: dict[str, dict[str, Any]] = {
+    "qwen-image": {"base_dim": 8, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1},
+    "qwen-image-2.1": {"base_dim": 4, "decoder_base_dim": 8, "num_res_blocks": 1},
+}
+ROOM = 0.9  # of a cap, beside the weights: the rest is for the allocator's rounding
+Row = dict[str, Any]
+
+
+def main(arguments: list[str] | None = None) -> list[Row]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--sizes", type=int, nargs="+", help="pixels a side")
+    parser.add_argument("--caps", type=float, nargs="*", default=[1.5, 2, 4], help="GiB")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--write", action="store_true")
+    options = parser.parse_args(arguments)
+    diffusers.logging.set_verbosity_error()
+    rows: list[Row] = []
+    with torch.inference_mode():
+        for family in CLASSES:
+            for side in options.sizes or ([128] if options.small else SIZES[family]):
+                rows += measured(Bench(family, Size(side, side), options))
+    report = {"machine": machine(options.device), "versions": versions(), "rows": rows}
+    print(table(report))
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    else:
+        print(json.dumps(report))
+    if options.write:
+        write(table(report))
+    return rows
+
+
+class Bench:
+    """One VAE, as diffusers' and as ours, and one picture's latents."""
+
+    def __init__(self, family: str, size: Size, options: Any) -> None:
+        self.family, self.size, self.device = family, size, options.device
+        self.caps = options.caps if self.on_gpu else []
+        self.repeats = options.repeats
+        torch.manual_seed(0)
+        with torch.device(options.device):
+            made = CLASSES[family](**NARROW[family] if options.small else {})
+        self.theirs = made.to(torch.bfloat16).eval().requires_grad_(False)
+        self.ours = copy.deepcopy(self.theirs)
+        vae.make_single_frame(self.ours)
+        cells = (1, made.config.z_dim, 1, size.height // self.cell, size.width // self.cell)
+        self.cells = torch.randn(cells, generator=torch.Generator().manual_seed(1))
+        self.reference = torch.empty(0)
+
+    @property
+    def on_gpu(self) -> bool:
+        return torch.device(self.device).type == "cuda"
+
+    @property
+    def cell(self) -> int:
+        return vae.scale(self.theirs)
+
+    @contextmanager
+    def only(self, model: Any) -> Iterator[torch.Tensor]:
+        """This model alone on the device, and the latents."""
+        self.theirs.cpu(), self.ours.cpu()
+        yield self.cells.to(model.to(self.device).device, torch.bfloat16)
+
+    def row(self, what: str, model: Any, decode: Callable[[Any], Any], cap: float | None) -> Row:
+        """One line of the table; `decode` takes the latents to levels or to pixels in -1 to 1."""
+        row: Row = {"family": self.family, "size": str(self.size), "what": what, "cap_gib": cap}
+        with self.only(model) as cells, self.capped(cap):
+            weights = torch.cuda.memory_allocated() if self.on_gpu else 0
+            try:
+                row |= self.timed(lambda: decode(cells), weights)
+            except torch.OutOfMemoryError:
+                return row | {"failed": "out of memory"}
+            return row | self.apart(decode(cells))
+
+    @contextmanager
+    def capped(self, gib: float | None) -> Iterator[None]:
+        if not self.on_gpu:
+            yield
+            return
+        torch.cuda.empty_cache()
+        share = 1.0 if gib is None else gib * GIB / torch.cuda.mem_get_info()[1]
+        torch.cuda.set_per_process_memory_fraction(share)
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+            torch.cuda.empty_cache()
+
+    def timed(self, decode: Callable[[], Any], weights: int) -> Row:
+        took = []
+        for _ in range(2):
+            decode()
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        for _ in range(self.repeats):
+            self.synchronize()
+            started = time.perf_counter()
+            decode()
+            self.synchronize()
+            took.append(time.perf_counter() - started)
+        row: Row = {"seconds": statistics.median(took)}
+        if self.on_gpu:
+            row["working_gib"] = (torch.cuda.max_memory_allocated() - weights) / GIB
+            row["reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
+        return row
+
+    def apart(self, pixels: torch.Tensor) -> Row:
+        """How far the picture is from the first one."""
+        levels = pixels if pixels.dtype == torch.uint8 else vae._levels(pixels[:, :, 0])
+        levels = levels.cpu().int()
+        if not self.reference.numel():
+            self.reference = levels
+        difference = (levels - self.reference).abs()
+        return {
+            "levels_apart": int(difference.max()),
+            "share_apart": float((difference > 0).float().mean()),
+            "share_over_one": float((difference > 1).float().mean()),
+        }
+
+    def synchronize(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
+
+def measured(bench: Bench) -> list[Row]:
+    """The lines of one VAE at one size, diffusers' full frame first."""
+    model, size = bench.theirs, bench.size
+    rows: list[Row] = []
+
+    def theirs(cells: torch.Tensor) -> Any:
+        return model.decode(cells, return_dict=False)[0]
+
+    def add(*arguments: Any) -> None:
+        rows.append(bench.row(*arguments))
+        print(line(rows[-1], rows), flush=True)
+
+    add("diffusers, full frame", model, theirs, None)
+    model.enable_tiling()
+    for cap in [None, *bench.caps]:
+        add("diffusers, tiling", model, theirs, cap)
+    weights = sum(p.numel() * p.element_size() for p in bench.ours.parameters())
+    for cap in [None, *bench.caps]:
+        strips: int | None = 1
+        if cap:
+            budget = int((cap * GIB - weights) * ROOM)
+            strips = DECODINGS[bench.family].strips(size, budget)
+        if strips is None:
+            continue
+        what = "ours, full frame" if strips == 1 else f"ours, {strips} strips"
+        add(what, bench.ours, lambda c, n=strips: vae.levels(bench.ours, c, n), cap)
+    if not bench.caps:
+        add("ours, 4 strips", bench.ours, lambda c: vae.levels(bench.ours, c, 4), None)
+    return rows
+
+
+HEADINGS = [
+    "VAE", "size", "decode", "cap GiB", "seconds", "of full frame", "working GiB", "reserved GiB",
+    "levels apart", "pixels apart",
+]  # fmt: skip
+
+
+def line(row: Row, rows: list[Row]) -> str:
+    """A row of the table; its speed against diffusers' full frame of that size."""
+    same = [r for r in rows if (r["family"], r["size"]) == (row["family"], row["size"])]
+    cells = [row["family"], row["size"], row["what"], row["cap_gib"] or ""]
+    if "failed" in row:
+        cells += [row["failed"], "", "", "", "", ""]
+    else:
+        cells += [
+            f"{row['seconds']:.4f}",
+            f"{row['seconds'] / same[0]['seconds']:.2f}",
+            f"{row['working_gib']:.2f}" if "working_gib" in row else "",
+            f"{row['reserved_gib']:.2f}" if "reserved_gib" in row else "",
+            row["levels_apart"],
+            f"{100 * row['share_apart']:.2f} %",
+        ]
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def table(report: dict[str, Any]) -> str:
+    rows = report["rows"]
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    head = f"`benchmarks/decode.py`: {report['machine']}, {versions}; bfloat16, random weights."
+    body = [line(row, rows) for row in rows]
+    return "\n".join([head, "", f"| {' | '.join(HEADINGS)} |", "|---" * len(HEADINGS) + "|", *body])
+
+
+def write(text: str) -> None:
+    """Put the table between its marks in docs/benchmarks.md."""
+    page = PAGE.read_text(encoding="utf-8")
+    before, _, rest = page.partition(BEGIN)
+    _, mark, after = rest.partition(END)
+    if not mark:
+        raise SystemExit(f"{PAGE} has no lines {BEGIN} and {END}")
+    PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+
+
+def machine(device: str) -> str:
+    if torch.device(device).type == "cuda":
+        return f"{torch.cuda.get_device_name()}, {platform.system()}"
+    return f"CPU, {torch.get_num_threads()} threads, {platform.system()}"
+
+
+def versions() -> dict[str, str]:
+    cudnn: Any = torch.backends.cudnn
+    found = {"torch": torch.__version__, "diffusers": diffusers.__version__}
+    return found | ({"cuDNN": str(cudnn.version())} if cudnn.is_available() else {})
+
+
+if __name__ == "__main__":
+    main()
