@@ -16,7 +16,7 @@ LEVELS = [
     ["errors", "types"],
     ["catalog", "settings", "logs"],
     ["device", "store", "gallery"],
-    ["planner", "doctor"],
+    ["needs", "planner", "doctor"],
     ["engine"],
     ["app"],
     ["cli"],
