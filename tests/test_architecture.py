@@ -16,7 +16,7 @@ LEVELS = [
     ["errors", "types"],
     ["catalog", "settings", "logs", "decoding"],
     ["device", "store", "gallery"],
-    ["planner", "doctor"],
+    ["needs", "planner", "doctor"],
     ["engine"],
     ["app"],
     ["cli"],

@@ -139,6 +139,11 @@ def test_plan_for_a_machine_and_a_model_that_are_not_here(qit: Any) -> None:
     large = qit("plan", "qwen-image", "--ram", "64GiB", "--vram", "80GiB", "--json").json
     assert large["plan"]["device"] == "cuda"
     assert large["plan"]["placement"] == {"blocks": 60, "resident": 60}
+    card = qit("plan", "qwen-image", "--ram", "32GiB", "--card", "4060ti")
+    assert "4060TI (assumed rates)" in card.out
+    assert "If the memory runs out, in this order:" in card.out
+    anyway = ("plan", "qwen-image", "--ram", "2GiB", "--vram", "3GiB", "--anyway", "--json")
+    assert qit(*anyway).json["plan"]["reasons"][0].startswith("It may not fit")
     tiny_machine = qit("plan", "qwen-image", "--ram", "2GiB", "--vram", "0")
     assert tiny_machine.code == 2
     assert "needs" in tiny_machine.err

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from qwen_image_tool import device
+from qwen_image_tool.catalog.costs import load_costs
 from qwen_image_tool.device import (
     NvidiaCard,
     TorchFacts,
@@ -148,7 +149,10 @@ def test_nvidia_in_proc(tmp_path: Path) -> None:
 def test_a_device_from_facts(ram: None) -> None:
     found = probe(CUDA)
     assert (found.kind, found.name, found.torch_name) == ("cuda", CUDA.gpu, "cuda")
-    assert (found.vram_bytes, found.vram_free_bytes) == (24 * GIB, 22 * GIB)
+    context = load_costs().context_bytes  # torch's free memory is beside the probe's own
+    assert (found.vram_bytes, found.vram_free_bytes) == (24 * GIB, 22 * GIB + context)
+    full = CUDA.model_copy(update={"vram_free_bytes": CUDA.vram_bytes})
+    assert probe(full).vram_free_bytes == CUDA.vram_bytes
     assert (found.driver, found.torch, found.notes) == ("580.65", "2.13.0+cu130", ())
 
 

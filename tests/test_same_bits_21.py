@@ -70,9 +70,9 @@ class Ours:
         self.cells: list[torch.Tensor] = []
         decode = vae.decode
 
-        def keep(model: Any, cells: torch.Tensor, unscale: vae.Unscale) -> Image.Image:
+        def keep(model: Any, cells: torch.Tensor, *how: Any) -> Image.Image:
             self.cells.append(cells)
-            return decode(model, cells, unscale)
+            return decode(model, cells, *how)
 
         monkeypatch.setattr(vae, "decode", keep)
 

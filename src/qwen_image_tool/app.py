@@ -58,6 +58,7 @@ class App:
         self.settings = settings
         self.catalog = load_catalog()
         self._engine: Engine | None = None
+        self._device: Device | None = None
         named = settings.other_models.split(os.pathsep) if settings.other_models else ()
         folders = (*other_programs(), *(Path(name).expanduser() for name in named))
         self.elsewhere = Elsewhere(hugging_face_cache(), folders)
@@ -102,14 +103,22 @@ class App:
         }
 
     def plan(self, request: Request, on: Device | None = None) -> tuple[Request, Plan]:
-        """What the request would do on this machine (read in a child process), or `on` another.
+        """The first of `plans`."""
+        resolved, found = self.plans(request, on)
+        return resolved, found[0]
+
+    def plans(
+        self, request: Request, on: Device | None = None, anyway: bool = False
+    ) -> tuple[Request, tuple[Plan, ...]]:
+        """What the request would do on this machine (read in a child process), or `on` another; and
+        what would be tried after that. `anyway`: as planner.plans.
 
         A model of the catalogue need not be on disk.
         """
         installed = store.expect(request.model, self.catalog, self.settings.models, self.elsewhere)
         resolved = self.resolve(request, installed)
         where = on or device.probe(device.probe_in_child())
-        return resolved, planner.plan(resolved, installed, where)
+        return resolved, planner.plans(resolved, installed, where, anyway)
 
     def recommend(self, on: Device | None = None) -> tuple["Advice", ...]:
         """For every model this version runs, its best variant on this machine (or `on` another),
@@ -163,11 +172,13 @@ class App:
         output: Path | None = None,
         ram_bytes: int | None = None,
         vram_bytes: int | None = None,
+        anyway: bool = False,
     ) -> Result:
-        """Make and save the pictures. What can be refused is refused before any weight is read.
+        """Make and save the pictures. What can be refused is refused before any weight is read;
+        where the memory runs out, the planner's fallbacks are tried, each once.
 
-        `ram_bytes`, `vram_bytes`: use no more of the free memory than this. Raises ToolError. A
-        picture that was saved is whole and stays.
+        `ram_bytes`, `vram_bytes`: use no more of the free memory than this. `anyway`: as
+        planner.plans. Raises ToolError. A picture that was saved is whole and stays.
         """
         installed = self._locate(request.model)
         resolved = self.resolve(request, installed)
@@ -176,16 +187,12 @@ class App:
         if created:
             emit(Notice(text=created))
 
-        from qwen_image_tool.engine.engine import Engine
-        from qwen_image_tool.engine.probe import torch_facts
-
-        here = device.probe(torch_facts()).within(ram_bytes, vram_bytes)
-        plan = planner.plan(resolved, installed, here)
-        for reason in plan.reasons:
+        here = self._device_for(installed).within(ram_bytes, vram_bytes)
+        plans = planner.plans(resolved, installed, here, anyway)
+        for reason in plans[0].reasons:
             emit(Notice(text=reason))
-        if self._engine is None or self._engine.installed != installed:
-            self._engine = Engine(installed, self.settings.cache)
-        run = self._engine.run(resolved, [plan], emit, is_cancelled)
+        assert self._engine
+        run = self._engine.run(resolved, plans, emit, is_cancelled)
 
         emit(PhaseStarted(phase="save"))
         started = time.perf_counter()
@@ -206,6 +213,18 @@ class App:
             seconds=seconds,
             versions=versions,
         )
+
+    def _device_for(self, installed: store.Installed) -> Device:
+        """The machine as it was before the engine took memory; a new engine for another model."""
+        from qwen_image_tool.engine.engine import Engine
+        from qwen_image_tool.engine.probe import torch_facts
+
+        if self._engine is None or self._device is None or self._engine.installed != installed:
+            if self._engine:
+                self._engine.release()
+            self._engine = Engine(installed, self.settings.cache)
+            self._device = device.probe(torch_facts())
+        return self._device
 
     def clear_cache(self) -> None:
         """Forget what can be made again: embeddings of known prompts, modulation of schedules."""

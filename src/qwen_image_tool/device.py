@@ -16,8 +16,9 @@ from typing import Literal
 import psutil
 from pydantic import ValidationError
 
+from qwen_image_tool.catalog.costs import Card, load_costs
 from qwen_image_tool.errors import ToolError
-from qwen_image_tool.types import Device, Value
+from qwen_image_tool.types import Device, Rates, Value
 
 PROBE_SECONDS = 120  # the first import of torch from a hard disk takes a minute
 REINSTALL = "Run `./qit setup` (Windows: `qit setup`) to install it again."
@@ -67,21 +68,36 @@ def probe(facts: TorchFacts) -> Device:
         ram_bytes=ram_bytes,
         ram_free_bytes=ram_free_bytes,
         vram_bytes=facts.vram_bytes,
-        vram_free_bytes=facts.vram_free_bytes,
+        vram_free_bytes=_with_context(facts),
         cores=cores(),
         bf16=facts.bf16,
         shared_memory=facts.shared_memory,
+        system=system(),
         driver=facts.driver,
         torch=facts.version,
         notes=tuple(notes),
     )
 
 
-def invented(ram_bytes: int, vram_bytes: int) -> Device:
+def _with_context(facts: TorchFacts) -> int:
+    """torch counts the free memory when its context is made; a run's own makes that again."""
+    context = 0 if facts.kind in ("cpu", "mps") else load_costs().context_bytes
+    return min(facts.vram_bytes, facts.vram_free_bytes + context)
+
+
+def system() -> str:
+    """sys.platform, or wsl: a Linux whose memory Windows lends."""
+    wsl = sys.platform == "linux" and "microsoft" in platform.release().lower()
+    return "wsl" if wsl else sys.platform
+
+
+def invented(ram_bytes: int, vram_bytes: int, card: Card | None = None) -> Device:
     """A machine that isn't this one: all of its memory is free, its card is NVIDIA's."""
+    name = card.name if card else "the card"
     return Device(
         kind="cuda" if vram_bytes else "cpu",
-        name="the card" if vram_bytes else "the CPU",
+        name=name if vram_bytes else "the CPU",
+        rates=card.rates if card else Rates(),
         ram_bytes=ram_bytes,
         ram_free_bytes=ram_bytes,
         vram_bytes=vram_bytes,

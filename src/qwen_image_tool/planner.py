@@ -1,72 +1,67 @@
-"""How a request runs on a device: pure arithmetic, no torch, nothing read from the machine.
+"""How a request runs on a device: pure, no torch, nothing read from the machine.
 
-A GPU is used where it holds the whole model. On the CPU, what the RAM does not hold is read from
-disk when it is needed: the text encoder's layers once a prompt, the blocks once a step.
+On a GPU as many blocks stay as fit; the others cross to it once a step, from page-locked RAM, from
+RAM, or from disk. On the CPU, what the RAM does not hold is read from disk. `needs.py` says what
+each way takes.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator
+from dataclasses import replace
 
 from qwen_image_tool.catalog import DEFAULT_MODEL
-from qwen_image_tool.errors import CannotRun
+from qwen_image_tool.errors import BadRequest, CannotRun
+from qwen_image_tool.needs import Needs, Way
 from qwen_image_tool.store import Blocks, Installed
-from qwen_image_tool.types import Device, PhaseNeed, Placement, Plan, Request, Size
+from qwen_image_tool.types import Device, Placement, Plan, Request, Size
 
 GIB = 2**30
-PROCESS_BYTES = int(0.9 * GIB)  # Python with torch and the model classes loaded, before any weight
-USABLE = 0.92  # of the free memory; the rest is for other programs and the allocator's rounding
+USABLE_RAM = 0.92  # of the free memory; the rest is for other programs
+USABLE_VRAM = 0.95  # and for what the allocator can't use
+CAREFUL_VRAM = 0.8  # after it ran out of memory
+PINNED_ON_WINDOWS = 0.4  # of the RAM; it refuses at about half
 SLOTS = 2  # buffers that streamed blocks take turns in
 PNG_BYTES_PER_PIXEL = 4  # RGBA that does not compress at all
 METADATA_BYTES = 64 << 10
 FLOAT32_LIMIT = 2 * GIB  # models up to this size compute in float32 on the CPU
+SMALLER = (0.75, 0.5, 0.375, 0.25)  # of each side, tried for the hint
+
+# transformer, text encoder: from the fastest to what needs least RAM
+SOURCES = (
+    ("pinned", "pinned"),
+    ("pinned", "pageable"),
+    ("pinned", "disk"),
+    ("pageable", "pageable"),
+    ("pageable", "disk"),
+    ("disk", "disk"),
+)
+FROM = {"pinned": "page-locked RAM", "pageable": "RAM", "disk": "disk"}
 
 
-@dataclass(frozen=True)
-class _Choice:
-    device: str
-    dtype: Literal["bfloat16", "float32"]
-    blocks: Placement
-    text: Placement
-    phases: tuple[PhaseNeed, ...]
-    reason: str
-
-    def fits(self, device: Device) -> bool:
-        ram, vram = device.ram_free_bytes * USABLE, device.vram_free_bytes * USABLE
-        both = ram if device.shared_memory else ram + vram
-        return all(
-            need.ram_bytes <= ram
-            and need.vram_bytes <= vram
-            and need.ram_bytes + need.vram_bytes <= both
-            for need in self.phases
-        )
+def plan(request: Request, installed: Installed, device: Device, anyway: bool = False) -> Plan:
+    """The first of `plans`."""
+    return plans(request, installed, device, anyway)[0]
 
 
-def plan(request: Request, installed: Installed, device: Device) -> Plan:
-    """Plan a resolved request. Raises CannotRun where the model does not fit this device."""
-    if request.size is None or request.steps is None:
-        raise ValueError("the request is not resolved")
-    model = installed.model
-    working = request.size.rounded_up(model.sizes.multiple)
-    passes = request.images * (1 if request.negative_prompt is None else 2)
-    choice = _choose(working, installed, device)
-    reasons = [choice.reason]
-    if working != request.size:
-        reasons.append(
-            f"Drawn at {working} and cut to the centre {request.size}, because {model.name} needs"
-            f" multiples of {model.sizes.multiple}."
-        )
-    return Plan(
-        device=choice.device,
-        dtype=choice.dtype,
-        mode=request.mode,
-        working_size=working,
-        forwards=request.steps * passes,
-        placement=choice.blocks,
-        text_placement=choice.text,
-        phases=choice.phases,
-        disk_bytes=disk_bytes(request),
-        reasons=tuple(reasons),
-    )
+def plans(
+    request: Request, installed: Installed, device: Device, anyway: bool = False
+) -> tuple[Plan, ...]:
+    """Plans for a resolved request: the choice, then what to try where the memory runs out or the
+    picture is broken. On a GPU none takes more of its memory than the one before; the CPU is last.
+    A fallback's first reason says what it changes.
+
+    Raises CannotRun where the model does not fit this device, unless `anyway`: then the way that
+    lacks least is taken.
+    """
+    needs = Needs(request, installed, device)
+    chosen = _choose(needs)
+    if chosen is None:
+        if not anyway:
+            raise _cannot(needs)
+        return (_plan(needs, _smallest(needs), "It may not fit: this was asked for anyway."),)
+    found = {chosen: ""}
+    for way, instead in _fallbacks(needs, chosen):
+        found.setdefault(way, instead)
+    return tuple(_plan(needs, way, instead) for way, instead in found.items())
 
 
 def disk_bytes(request: Request) -> int:
@@ -76,121 +71,391 @@ def disk_bytes(request: Request) -> int:
     return (request.size.pixels * PNG_BYTES_PER_PIXEL + METADATA_BYTES) * request.images
 
 
-def _choose(size: Size, installed: Installed, device: Device) -> _Choice:
-    """The GPU where the whole model fits it; else the CPU, with as much in RAM as it holds."""
-    if device.kind != "cpu":
-        gpu = _on_gpu(size, installed, device)
-        if gpu.fits(device):
-            return gpu
-    layers, count = installed.text_layers.count, installed.blocks.count
-    fewer = range(count - SLOTS - 1, -1, -1)
-    for text, blocks in ((layers, count), (0, count), *((0, resident) for resident in fewer)):
-        cpu = _on_cpu(size, installed, device, text, blocks)
-        if cpu.fits(device):
-            return cpu
-    raise _cannot(installed, cpu, device)
+# The choice
 
 
-def _on_gpu(size: Size, installed: Installed, device: Device) -> _Choice:
-    blocks, layers = installed.blocks, installed.text_layers
-    weights = _outer_bytes(installed) + blocks.count * blocks.bytes + layers.count * layers.bytes
-    # A block at a time, and the whole VAE, pass through the RAM
-    loading = PROCESS_BYTES + max(blocks.bytes, layers.bytes, installed.bytes["vae"])
-    decoding = weights + _decode_bytes(size, installed)
-    return _Choice(
-        device=device.torch_name,
-        dtype="bfloat16",
-        blocks=_placement(blocks, blocks.count),
-        text=_placement(layers, layers.count),
-        phases=(
-            PhaseNeed(phase="load", ram_bytes=loading, vram_bytes=weights),
-            PhaseNeed(phase="encode", ram_bytes=PROCESS_BYTES, vram_bytes=weights),
-            PhaseNeed(phase="denoise", ram_bytes=PROCESS_BYTES, vram_bytes=weights),
-            PhaseNeed(phase="decode", ram_bytes=PROCESS_BYTES, vram_bytes=decoding),
-        ),
-        reason=f"Runs on {device.name}: the whole model fits its"
-        f" {_gib(device.vram_free_bytes)} of free memory.",
+def _choose(needs: Needs) -> Way | None:
+    """The GPU where a way on it fits, else the CPU, else None."""
+    on_gpu = _on_gpu(needs) if needs.device.kind != "cpu" else None
+    return on_gpu or _on_cpu(needs)
+
+
+def _on_gpu(needs: Needs, vram: float = USABLE_VRAM) -> Way | None:
+    """As many residents as fit in this part of the free memory; what memory is left after all of
+    them decodes the picture in fewer strips, then keeps the text encoder."""
+    blocks, layers = needs.installed.blocks, needs.installed.text_layers
+    best = None
+    for way in _gpu_ways(needs):
+        best = _with_sources(needs, way, vram)
+        if best:
+            break
+    if best is None or best.blocks.resident < blocks.count:
+        return best and _computed(needs, best)
+    whole = replace(best, text=_resident(layers))
+    return _computed(needs, whole if _fits(needs, whole, vram) else best)
+
+
+def _gpu_ways(needs: Needs) -> Iterator[Way]:
+    """From the most memory to the least, what is streamed without its source yet."""
+    blocks, layers = needs.installed.blocks, needs.installed.text_layers
+    text = _streaming(layers, 0) or _resident(layers)
+    yield from _smaller(needs, Way(needs.device.torch_name, "bfloat16", _resident(blocks), text))
+
+
+def _smaller(needs: Needs, way: Way) -> Iterator[Way]:
+    """The way with more strips, then with fewer residents. In exact mode diffusers' own decoder,
+    which has no strips, is worth more than residents."""
+    strips, placements = _strips(needs, way), list(_placements(needs.installed.blocks))
+    if needs.exact:
+        pairs = [(placement, count) for count in (1, strips) for placement in placements]
+    else:
+        pairs = [(way.blocks, count) for count in range(1, strips)]
+        pairs += [(placement, strips) for placement in placements]
+    for placement, count in pairs:
+        yield replace(way, blocks=placement, strips=count)
+
+
+def _with_sources(needs: Needs, way: Way, vram: float) -> Way | None:
+    """The way with what it streams from the fastest place that holds it; None where it does not
+    fit."""
+    if not _fits_vram(needs, way, vram):
+        return None
+    for source, text_source in SOURCES:
+        if _may(needs.device, source) and _may(needs.device, text_source):
+            placed = _from(way, source, text_source)
+            if _fits(needs, placed, vram) and _pinned(needs, placed) <= _pinnable(needs.device):
+                return placed
+    return None
+
+
+def _computed(needs: Needs, way: Way) -> Way:
+    """With the fastest attention, and compiled where that saves more than it takes; exact mode
+    keeps to what diffusers does."""
+    if needs.exact:
+        return way
+    way = replace(way, attention=needs.device.rates.attention_backend)
+    compiled = replace(way, compiled=True)
+    eager_seconds, compiled_seconds = needs.denoise_seconds(way), needs.denoise_seconds(compiled)
+    if not needs.device.rates.compiler or eager_seconds is None or compiled_seconds is None:
+        return way
+    return compiled if compiled_seconds < eager_seconds else way
+
+
+def _on_cpu(needs: Needs) -> Way | None:
+    """In RAM as much as it holds, the text encoder last; the others are read from disk."""
+    return next((way for way in _cpu_ways(needs) if _fits(needs, way)), None)
+
+
+def _cpu_ways(needs: Needs) -> Iterator[Way]:
+    """From the most memory to the least."""
+    blocks, layers = needs.installed.blocks, needs.installed.text_layers
+    small = needs.installed.weight_bytes * 2 <= FLOAT32_LIMIT
+    way = Way("cpu", "float32" if small else "bfloat16", _resident(blocks), _resident(layers))
+    yield way
+    once = replace(way, text=_streaming(layers, 0) or way.text)
+    yield from (_from(smaller, "disk", "disk") for smaller in _smaller(needs, once))
+
+
+def _strips(needs: Needs, way: Way) -> int:
+    """As few as let the decoder take no more than drawing did, so that it costs no resident."""
+    limit, most = needs.drawing_bytes(way), needs.most_strips
+    strips = range(1, most)
+    return next((n for n in strips if needs.decoding_bytes(replace(way, strips=n)) <= limit), most)
+
+
+def _resident(blocks: Blocks) -> Placement:
+    return Placement(blocks=blocks.count, resident=blocks.count)
+
+
+def _streaming(blocks: Blocks, resident: int) -> Placement | None:
+    """None where there are too few blocks to take turns."""
+    if blocks.count - resident <= SLOTS:
+        return None
+    return Placement(blocks=blocks.count, resident=resident, slots=SLOTS)
+
+
+def _placements(blocks: Blocks) -> Iterator[Placement]:
+    yield _resident(blocks)
+    for resident in range(blocks.count - SLOTS - 1, -1, -1):
+        placement = _streaming(blocks, resident)
+        if placement:
+            yield placement
+
+
+def _from(way: Way, source: str, text_source: str) -> Way:
+    return replace(
+        way,
+        blocks=way.blocks.model_copy(update={"source": source if way.blocks.slots else ""}),
+        text=way.text.model_copy(update={"source": text_source if way.text.slots else ""}),
     )
 
 
-def _on_cpu(
-    size: Size, installed: Installed, device: Device, text_resident: int, resident: int
-) -> _Choice:
-    small = installed.weight_bytes * 2 <= FLOAT32_LIMIT
-    widened = 2 if small else 1
-    blocks = _placement(installed.blocks, resident)
-    text = _placement(installed.text_layers, text_resident)
-    held = (
-        _outer_bytes(installed)
-        + (blocks.resident + blocks.slots) * installed.blocks.bytes
-        + (text.resident + text.slots) * installed.text_layers.bytes
-    )
-    in_memory = PROCESS_BYTES + held * widened
-    decoding = in_memory + _decode_bytes(size, installed) * widened
-    return _Choice(
-        device="cpu",
-        dtype="float32" if small else "bfloat16",
-        blocks=blocks,
-        text=text,
-        phases=(
-            PhaseNeed(phase="load", ram_bytes=in_memory),
-            PhaseNeed(phase="encode", ram_bytes=in_memory),
-            PhaseNeed(phase="denoise", ram_bytes=in_memory),
-            PhaseNeed(phase="decode", ram_bytes=decoding),
-        ),
-        reason=_why_cpu(device, small) + _why_disk(installed, blocks, text),
+def _may(device: Device, source: str) -> bool:
+    """Where CPU and GPU share memory a copy in RAM helps nobody. torch page-locks a buffer of ours
+    for CUDA and ROCm alone."""
+    if device.shared_memory:
+        return source == "disk"
+    return source != "pinned" or device.kind in ("cuda", "rocm")
+
+
+def _pinned(needs: Needs, way: Way) -> int:
+    model = needs.installed
+    pairs = ((way.blocks, model.blocks), (way.text, model.text_layers))
+    return sum(
+        (placement.blocks - placement.resident) * blocks.bytes
+        for placement, blocks in pairs
+        if placement.source == "pinned"
     )
 
 
-def _placement(blocks: Blocks, resident: int) -> Placement:
-    if resident == blocks.count:
-        return Placement(blocks=blocks.count, resident=resident)
-    return Placement(blocks=blocks.count, resident=resident, slots=SLOTS, source="disk")
+def _pinnable(device: Device) -> float:
+    windows = device.system in ("win32", "wsl")
+    return device.ram_bytes * (PINNED_ON_WINDOWS if windows else 1.0)
 
 
-def _outer_bytes(installed: Installed) -> int:
-    """The VAE, and of the transformer what is not in its blocks."""
-    blocks = installed.blocks
-    in_blocks = blocks.count * (blocks.bytes + blocks.modulation_bytes)
-    return installed.bytes["vae"] + max(0, installed.bytes["transformer"] - in_blocks)
+# Does it fit
 
 
-def _why_cpu(device: Device, small: bool) -> str:
-    why = "Runs on the CPU"
+def _fits(needs: Needs, way: Way, vram: float = USABLE_VRAM) -> bool:
+    return _lack(needs, way, vram) <= 1
+
+
+def _fits_vram(needs: Needs, way: Way, vram: float) -> bool:
+    """Which does not depend on where the streamed weights wait."""
+    usable = needs.device.vram_free_bytes * vram
+    return all(video <= usable for _, video in needs.memory(way).values())
+
+
+def _lack(needs: Needs, way: Way, vram: float = USABLE_VRAM) -> float:
+    """The need as a part of what may be used, of the memory that is shortest."""
+    device = needs.device
+    ram_usable, vram_usable = device.ram_free_bytes * USABLE_RAM, device.vram_free_bytes * vram
+    parts = [0.0]
+    for ram, video in needs.memory(way).values():
+        together = video if device.shared_memory else 0
+        parts.append((ram + together) / max(ram_usable, 1))
+        parts.append(video / max(vram_usable, 1))
+    return max(parts)
+
+
+def _smallest(needs: Needs) -> Way:
+    """The way that lacks least."""
+    ways = [*_cpu_ways(needs)][-1:]
+    if needs.device.kind != "cpu":
+        ways.append(_from([*_gpu_ways(needs)][-1], "disk", "disk"))
+    ways += [replace(way, strips=needs.most_strips) for way in ways]
+    return min(ways, key=lambda way: _lack(needs, way))
+
+
+# What to try next
+
+
+def _fallbacks(needs: Needs, way: Way) -> Iterator[tuple[Way, str]]:
+    """Each one goes on from the one before."""
+    eager = replace(way, compiled=False, attention="")
+    yield eager, "Without torch.compile, with torch's own attention."
+    if way.device == "cpu":
+        least = [*_cpu_ways(needs)][-1]
+        yield least, "With as much as possible read from disk when it is needed."
+        return
+    careful = _on_gpu(needs, CAREFUL_VRAM)
+    if careful and careful.blocks.resident < eager.blocks.resident:
+        eager = replace(careful, compiled=False, attention="")
+        yield eager, "With fewer blocks in the GPU's memory."
+    if not needs.exact or eager.strips > 1:  # else diffusers' own decoder, which has none
+        eager = replace(eager, strips=min(needs.most_strips, 2 * eager.strips))
+        yield eager, "With the picture decoded in more parts."
+    for source in ("pageable", "disk"):
+        slower = _from(eager, source, source)
+        if _may(needs.device, source) and _fits(needs, slower):
+            eager = slower
+            yield eager, f"With weights from {FROM[source]}, none page-locked."
+    on_cpu = _on_cpu(needs)
+    if on_cpu:
+        yield on_cpu, "Without the GPU."
+
+
+# What is said
+
+
+def _plan(needs: Needs, way: Way, instead: str = "") -> Plan:
+    request = needs.request
+    return Plan(
+        device=way.device,
+        dtype=way.dtype,
+        mode=request.mode,
+        working_size=needs.working,
+        forwards=needs.steps * needs.passes,
+        compiled=way.compiled,
+        attention=way.attention,
+        strips=way.strips,
+        placement=way.blocks,
+        text_placement=way.text,
+        vram_limit_bytes=_limit(needs, way),
+        bytes_per_step=needs.bytes_per_step(way),
+        phases=needs.phases(way),
+        disk_bytes=disk_bytes(request),
+        reasons=(*([instead] if instead else []), *_reasons(needs, way)),
+    )
+
+
+def _limit(needs: Needs, way: Way) -> int:
+    """For torch's allocator, where more would not fail but spill into RAM, or past a person's
+    limit."""
+    device = needs.device
+    spills = device.system in ("win32", "wsl") or device.shared_memory or device.vram_capped
+    if way.device == "cpu" or not spills:
+        return 0
+    context = 0 if way.device == "mps" else needs.costs.context_bytes
+    return max(0, device.vram_free_bytes - context)
+
+
+def _reasons(needs: Needs, way: Way) -> Iterator[str]:
+    """One plain sentence for each choice."""
+    if way.device == "cpu":
+        yield _why_cpu(needs, way) + _why_disk(needs, way)
+    else:
+        yield from _why_gpu(needs, way)
+    yield from _why_text(needs, way)
+    yield from _why_mode(needs, way)
+    if way.strips > 1:
+        yield (
+            f"The picture is decoded in {way.strips} strips, to take no more memory than drawing."
+        )
+    if _limit(needs, way):
+        yield f"torch may take {_gib(_limit(needs, way))}: it fails there instead of spilling over."
+    request, model = needs.request, needs.installed.model
+    if needs.working != request.size:
+        yield (
+            f"Drawn at {needs.working} and cut to the centre {request.size}, because {model.name}"
+            f" needs multiples of {model.sizes.multiple}."
+        )
+
+
+def _why_gpu(needs: Needs, way: Way) -> Iterator[str]:
+    device, blocks = needs.device, way.blocks
+    free = _gib(device.vram_free_bytes)
+    if not blocks.slots:
+        fits = "transformer" if way.text.slots else "model"
+        yield f"Runs on {device.name}: the whole {fits} fits its {free} of free memory."
+    else:
+        crossing = f"{needs.bytes_per_step(way) / 1e9:.1f} GB"
+        yield (
+            f"Runs on {device.name}: {blocks.resident} of {blocks.blocks} blocks stay in its {free}"
+            f" of free memory, the others ({crossing}) cross to it once a step,"
+            f" from {FROM[blocks.source]}."
+        )
+        yield from _why_source(needs, way)
+        yield from _why_speed(needs, way)
+    if not device.bf16:
+        yield f"{device.name} has no units for bfloat16: it is slower than others of its speed."
+
+
+def _why_source(needs: Needs, way: Way) -> Iterator[str]:
+    if way.blocks.source == "disk" and not needs.device.shared_memory:
+        yield f"The {_gib(needs.device.ram_free_bytes)} of free RAM do not hold them."
+    elif way.blocks.source == "pageable" and needs.device.system in ("win32", "wsl"):
+        yield (
+            f"Windows page-locks about half of the RAM at most, so no more than"
+            f" {_gib(int(_pinnable(needs.device)))} are."
+        )
+
+
+def _why_speed(needs: Needs, way: Way) -> Iterator[str]:
+    step, copying = needs.step_seconds(way), needs.copying_seconds(way)
+    if step is not None and copying is not None:
+        hidden = copying < step
+        yield (
+            f"A step takes {step:.2g} s; the copies take {copying:.2g} s of it,"
+            f" {'beside the computation' if hidden else 'and the computation waits for them'}."
+        )
+
+
+def _why_cpu(needs: Needs, way: Way) -> str:
+    why, device = "Runs on the CPU", needs.device
     if device.kind != "cpu":
         why += (
             f", because the model does not fit {device.name}"
             f" ({_gib(device.vram_free_bytes)} of memory free)"
         )
+    small = way.dtype == "float32"
     return why + (", in float32: the model is small." if small else ", in bfloat16 to save memory.")
 
 
-def _why_disk(installed: Installed, blocks: Placement, text: Placement) -> str:
-    once = (text.blocks - text.resident) * installed.text_layers.bytes
-    each = (blocks.blocks - blocks.resident) * installed.blocks.bytes
-    parts = []
-    if once:
-        parts.append(f"{once / 1e9:.1f} GB for a new prompt")
-    if each:
-        parts.append(f"{each / 1e9:.1f} GB at every step")
+def _why_disk(needs: Needs, way: Way) -> str:
+    layers, blocks = needs.installed.text_layers, needs.installed.blocks
+    once = (way.text.blocks - way.text.resident) * layers.bytes
+    each = (way.blocks.blocks - way.blocks.resident) * blocks.bytes
+    parts = [f"{once / 1e9:.1f} GB for a new prompt"] if once else []
+    parts += [f"{each / 1e9:.1f} GB at every step"] if each else []
     if not parts:
         return ""
     return f" The RAM does not hold it all: {' and '.join(parts)} are read from disk."
 
 
-def _decode_bytes(size: Size, installed: Installed) -> int:
-    return size.pixels * installed.model.decode_bytes_per_pixel
+def _why_text(needs: Needs, way: Way) -> Iterator[str]:
+    if way.device == "cpu":
+        return
+    size = f"{needs.installed.text_layers.count * needs.installed.text_layers.bytes / 1e9:.1f} GB"
+    if not way.text.slots:
+        yield "The text encoder stays on the GPU."
+    elif way.text.source == "disk":
+        yield f"The text encoder ({size}) is read from disk for a new prompt."
+    else:
+        yield f"The text encoder ({size}) waits in RAM, and crosses to the GPU for a new prompt."
 
 
-def _cannot(installed: Installed, cpu: _Choice, device: Device) -> CannotRun:
+def _why_mode(needs: Needs, way: Way) -> Iterator[str]:
+    if needs.exact:
+        yield "Exact: nothing is compiled and attention is torch's own."
+        if way.strips > 1:
+            yield (
+                "diffusers' decoder does not fit: pixels may differ from its own by one level"
+                " of 255."
+            )
+    elif way.compiled:
+        saved = (needs.denoise_seconds(replace(way, compiled=False)) or 0) - (
+            needs.denoise_seconds(way) or 0
+        )
+        yield (
+            f"Blocks are compiled: it takes {needs.compile_seconds(way):.0f} s and saves"
+            f" {saved:.0f} s more than that."
+        )
+    elif way.device != "cpu" and needs.device.rates.compiler:
+        yield "Blocks are not compiled: for so few steps it takes longer than it saves."
+
+
+# What can't run
+
+
+def _cannot(needs: Needs) -> CannotRun:
+    model, device = needs.installed.model, needs.device
+    ram = max(ram for ram, _ in needs.memory(_smallest(needs)).values()) / USABLE_RAM
     gpu = f" and {_gib(device.vram_free_bytes)} of GPU memory" if device.kind != "cpu" else ""
-    smaller = "Close other programs, choose a smaller --size"
-    practice = installed.model.id == DEFAULT_MODEL
+    nearest = _nearest(needs)
+    hints = [f"choose --size {nearest}" if nearest else ""]
+    hints += [f"use --model {DEFAULT_MODEL}" if model.id != DEFAULT_MODEL else ""]
     return CannotRun(
-        f"{installed.model.name} needs {_gib(max(n.ram_bytes for n in cpu.phases))} of free RAM,"
-        f" and this computer has {_gib(device.ram_free_bytes)}{gpu} free.",
-        f"{smaller}." if practice else f"{smaller}, or use --model {DEFAULT_MODEL}.",
+        f"{model.name} at {needs.working} needs {_gib(int(ram))} of free RAM, and this computer has"
+        f" {_gib(device.ram_free_bytes)}{gpu} free.",
+        f"{', '.join(['Close other programs', *filter(None, hints)])}, or try it with --anyway.",
     )
+
+
+def _nearest(needs: Needs) -> Size | None:
+    """The largest size of about this shape that can run here."""
+    sizes = needs.installed.model.sizes
+    for part in SMALLER:
+        width, height = int(needs.working.width * part), int(needs.working.height * part)
+        size = Size(width, height).rounded_up(sizes.multiple)
+        request = needs.request.model_copy(update={"size": size})
+        try:
+            sizes.check(size)
+        except BadRequest:
+            return None
+        if _choose(Needs(request, needs.installed, needs.device)):
+            return size
+    return None
 
 
 def _gib(size: int) -> str:

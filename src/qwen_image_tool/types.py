@@ -131,6 +131,7 @@ class Rates(Value):
 
     matmul: float = 0
     attention: float = 0
+    memory: float = Field(default=0, description="Copies within the device, read plus written")
     bus: float = Field(default=0, description="From page-locked memory to the GPU")
     pageable: float = Field(default=0, description="From pageable memory to the GPU")
     disk: float = Field(default=0, description="Reads of model files by several threads")
@@ -138,6 +139,9 @@ class Rates(Value):
         default="", description="diffusers' name of the fastest one; empty: torch's own choice"
     )
     compiler: bool = Field(default=False, description="torch.compile works here")
+    compile_seconds: float = Field(
+        default=0, description="That the first compiled step took longer, with what is cached"
+    )
 
 
 class Device(Value):
@@ -148,10 +152,14 @@ class Device(Value):
     ram_bytes: int
     ram_free_bytes: int
     vram_bytes: int = 0
-    vram_free_bytes: int = 0
+    vram_free_bytes: int = Field(
+        default=0, description="What a process may take, its own context included"
+    )
+    vram_capped: bool = Field(default=False, description="A person set that, not the hardware")
     cores: int = 1
     bf16: bool = Field(default=True, description="Multiplies bfloat16 matrices in hardware")
     shared_memory: bool = Field(default=False, description="GPU and CPU use the same memory")
+    system: str = Field(default="", description="sys.platform, or wsl")
     driver: str = ""
     torch: str = ""
     rates: Rates = Rates()
@@ -160,13 +168,13 @@ class Device(Value):
     def within(self, ram_bytes: int | None, vram_bytes: int | None) -> "Device":
         """This device with no more free memory than these."""
         limits = {"ram_free_bytes": ram_bytes, "vram_free_bytes": vram_bytes}
-        return self.model_copy(
-            update={
-                name: min(getattr(self, name), limit)
-                for name, limit in limits.items()
-                if limit is not None
-            }
-        )
+        update = {
+            name: min(getattr(self, name), limit)
+            for name, limit in limits.items()
+            if limit is not None
+        }
+        capped = self.vram_capped or vram_bytes is not None
+        return self.model_copy(update=update | {"vram_capped": capped})
 
     @property
     def torch_name(self) -> str:
@@ -227,11 +235,16 @@ class Plan(Value):
         ours, theirs = (
             (
                 *(plan.device, plan.dtype, plan.mode, plan.placement, plan.text_placement),
-                *(plan.compiled, plan.attention, plan.vram_limit_bytes),
+                *(plan.compiled, plan.attention, plan.vram_limit_bytes, plan.single_frame),
             )
             for plan in (self, other)
         )
         return ours == theirs
+
+    @property
+    def single_frame(self) -> bool:
+        """Pixels come from our own decoder, which has strips; else from diffusers', for its bits."""
+        return self.mode != "exact" or self.strips > 1
 
     @property
     def ram_bytes(self) -> int:

@@ -10,6 +10,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from qwen_image_tool import __version__, gallery, logs
 from qwen_image_tool.app import App, made_otherwise
 from qwen_image_tool.catalog import DEFAULT_MODEL
+from qwen_image_tool.catalog.costs import card as find_card
 from qwen_image_tool.catalog.sizes import menu_size, native_size
 from qwen_image_tool.cli.models import models
 from qwen_image_tool.cli.screen import Screen
@@ -50,6 +51,9 @@ Ram = Annotated[str | None, typer.Option(help="Use no more memory than this, suc
 Vram = Annotated[str | None, typer.Option(help="Use no more GPU memory than this, such as 6GiB.")]
 ModeOption = Annotated[
     str | None, typer.Option("--mode", help="exact: to the bit as diffusers; default: faster.")
+]
+Anyway = Annotated[
+    bool, typer.Option("--anyway", help="Run even where the memory is not expected to be enough.")
 ]
 Count = Annotated[int | None, typer.Option("--n", help="How many pictures.")]
 
@@ -99,6 +103,7 @@ def generate(
     mode: ModeOption = None,
     ram: Ram = None,
     vram: Vram = None,
+    anyway: Anyway = False,
     as_json: Json = False,
 ) -> None:
     """Make a picture from a sentence, and print its path.
@@ -124,6 +129,7 @@ def generate(
             output=out,
             ram_bytes=_bytes("--ram", ram),
             vram_bytes=_bytes("--vram", vram),
+            anyway=anyway,
         )
     if source and (change := made_otherwise(gallery.read_image_info(source), result)):
         screen.note(f"The original was made with {change}: pixels may differ.")
@@ -145,10 +151,15 @@ def plan(
     steps: Steps = None,
     cfg: Cfg = None,
     n: Count = None,
+    mode: ModeOption = None,
     ram: Annotated[str | None, typer.Option(help="Plan for a machine with this much RAM.")] = None,
     vram: Annotated[
         str | None, typer.Option(help="Plan for a card with this much memory; 0 for none.")
     ] = None,
+    card: Annotated[
+        str | None, typer.Option(help="Plan for this card, such as 4090, at rates we assume.")
+    ] = None,
+    anyway: Anyway = False,
     as_json: Json = False,
 ) -> None:
     """Show what a picture will need, without making it: here, or on a machine you don't have.
@@ -160,15 +171,19 @@ def plan(
       qit plan qwen-image --ratio 16:9 --resolution Large --json
 
       qit plan qwen-image --vram 8GiB --ram 32GiB
+
+      qit plan qwen-image --card 3060 --ram 32GiB
     """
     app = App(load_settings())
     fields = {"model": model, "prompt": "a prompt"}
-    fields |= _given(steps=steps, cfg=cfg, images=n)
+    fields |= _given(steps=steps, cfg=cfg, images=n, mode=mode)
     fields |= _given(size=_size(app, model, size, ratio, resolution))
-    request, found = app.plan(Request.from_user(**fields), _machine(ram, vram))
+    machine = _machine(ram, vram, card)
+    request, found = app.plans(Request.from_user(**fields), machine, anyway)
     screen = Screen(as_json)
     if as_json:
-        screen.json({"request": request.to_dict(), "plan": found.to_dict()})
+        first, *others = (each.to_dict() for each in found)
+        screen.json({"request": request.to_dict(), "plan": first, "fallbacks": others})
     else:
         screen.plan(request, found)
 
@@ -241,13 +256,17 @@ def _size(
     return native_size(app.model(model).sizes.native, ratio) if ratio else None
 
 
-def _machine(ram: str | None, vram: str | None) -> Device | None:
+def _machine(ram: str | None, vram: str | None, card: str | None) -> Device | None:
     """The machine that the options name; None is this one."""
-    if ram is None and vram is None:
+    known = find_card(card) if card else None
+    if ram is None and vram is None and known is None:
         return None
-    if ram is None or vram is None:
-        raise BadRequest("A machine has both.", "Give --ram and --vram; --vram 0 is no card.")
-    return invented(_bytes("--ram", ram) or 0, _bytes("--vram", vram) or 0)
+    if ram is None or (vram is None and known is None):
+        raise BadRequest(
+            "A machine has both.", "Give --ram, and --vram or --card; --vram 0 is no card."
+        )
+    vram_bytes = _bytes("--vram", vram) if vram else known and known.vram_bytes
+    return invented(_bytes("--ram", ram) or 0, vram_bytes or 0, known)
 
 
 def _bytes(option: str, text: str | None) -> int | None:

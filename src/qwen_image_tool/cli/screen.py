@@ -87,7 +87,8 @@ class Screen:
             if value not in (None, ""):
                 self.line(f"{name + ':':<{width}}{value}")
 
-    def plan(self, request: Request, plan: Plan) -> None:
+    def plan(self, request: Request, plans: tuple[Plan, ...]) -> None:
+        plan, *others = plans
         self.facts(
             {
                 "Model": request.model,
@@ -95,21 +96,34 @@ class Screen:
                 + (f", {request.images} pictures" if request.images > 1 else ""),
                 "Sampling": f"{request.steps} steps, CFG {request.cfg:g},"
                 f" {plan.forwards} passes through the model",
-                "Device": f"{plan.device}, {plan.dtype}",
+                "Device": f"{plan.device}, {plan.dtype}" + (", compiled" if plan.compiled else ""),
+                "A step copies": amount(plan.bytes_per_step) if plan.bytes_per_step else "",
+                "Takes": f"about {plan.seconds:.0f} s, loading included" if plan.seconds else "",
                 "Disk": f"{amount(plan.disk_bytes)} at most",
             }
         )
         self.line("")
         self.rows(
-            ("Phase", "RAM", "VRAM"),
+            ("Phase", "RAM", "VRAM", "Reads", "Seconds"),
             [
-                (PHASES[need.phase], gib(need.ram_bytes), gib(need.vram_bytes))
+                (
+                    PHASES[need.phase],
+                    gib(need.ram_bytes),
+                    gib(need.vram_bytes),
+                    amount(need.read_bytes) if need.read_bytes else "",
+                    "" if need.seconds is None else f"{need.seconds:.1f}",
+                )
                 for need in plan.phases
             ],
         )
         self.line("")
         for reason in plan.reasons:
             self.line(f"- {reason}")
+        if others:
+            self.line("If the memory runs out, in this order:")
+        for other in others:
+            needs = f"{gib(other.ram_bytes)} RAM, {gib(other.vram_bytes)} VRAM"
+            self.line(f"- {other.reasons[0]} ({needs})")
 
     def image(self, info: ImageInfo) -> None:
         self.line(f"{info.size} pixels")

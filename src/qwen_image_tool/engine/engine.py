@@ -130,10 +130,10 @@ class Engine:
             # 5. From latents to pixels, one picture at a time
             with watch.phase("decode"):
                 cells = family.unpack(latents, grid)
-                images = [
-                    vae.crop_centre(vae.decode(parts.vae, cell[None], family.unscale), request.size)
-                    for cell in cells
+                drawn = [
+                    vae.decode(parts.vae, cell[None], family.unscale, plan.strips) for cell in cells
                 ]
+                images = [vae.crop_centre(image, request.size) for image in drawn]
         return Run(images, plan, watch.seconds)
 
     def _load(self, plan: Plan, reader: weights.Reader) -> "_Parts":
@@ -192,7 +192,7 @@ class _Parts:
             self.vae = (
                 family.VAE.from_pretrained(folder / "vae", dtype=self.dtype).to(self.device).eval()
             )
-            if plan.mode != "exact":
+            if plan.single_frame:
                 vae.make_single_frame(self.vae)
             self.transformer = family.Transformer(
                 folder / "transformer",

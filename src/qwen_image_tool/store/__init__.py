@@ -3,6 +3,7 @@
 A model is a folder in the diffusers layout: `model_index.json` and one sub-folder a component.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from pydantic import Field
 from qwen_image_tool.catalog import DEFAULT_MODEL, Catalog, Family, Model, did_you_mean
 from qwen_image_tool.errors import BadRequest, ModelBroken, ModelMissing, ModelUnsupported
 from qwen_image_tool.store import verify
+from qwen_image_tool.store.headers import read_header
 from qwen_image_tool.store.places import Elsewhere
 from qwen_image_tool.store.record import read_record
 from qwen_image_tool.types import Value
@@ -21,11 +23,13 @@ LOCAL_20B, LOCAL_21, LOCAL_TURBO = "qwen-image", "qwen-image-2.1", "qwen-image-2
 
 class Blocks(Value):
     """A model's repeated part: how many blocks, and the bytes of one in bfloat16, without and of
-    its modulation."""
+    its modulation. A token has `width` numbers and meets `token_bytes` of the weights."""
 
     count: int
     bytes: int
     modulation_bytes: int = 0
+    width: int
+    token_bytes: int
 
 
 class Installed(Value):
@@ -36,6 +40,7 @@ class Installed(Value):
     bytes: dict[str, int]
     blocks: Blocks = Field(description="Of the transformer")
     text_layers: Blocks = Field(description="Of the text encoder's language model")
+    vae_parameters: int = Field(description="How many; published as bfloat16 or float32")
 
     @property
     def weight_bytes(self) -> int:
@@ -117,6 +122,7 @@ def as_published(model: Model, transformer_bytes: int | None = None) -> Installe
         bytes=sizes if transformer_bytes is None else sizes | {"transformer": transformer_bytes},
         blocks=blocks_of({}, model.family),
         text_layers=text_layers_of({}, model.family),
+        vae_parameters=model.components["vae"].parameters,
     )
 
 
@@ -142,6 +148,7 @@ def inspect(folder: Path, model: Model) -> Installed:
         text_layers=text_layers_of(
             verify.read_json(folder / "text_encoder" / "config.json"), model.family
         ),
+        vae_parameters=_parameters(folder / "vae"),
     )
 
 
@@ -152,7 +159,9 @@ def blocks_of(config: dict[str, Any], family: Family = "qwen-image") -> Blocks:
     if family == "qwen-image-2.1":
         width = config.get("num_attention_heads", 32) * head
         matrices = (4 + 3 * config.get("mlp_ratio", 3)) * width * width
-        return Blocks(count=config.get("num_layers", 32), bytes=2 * (matrices + 2 * head))
+        size = 2 * (matrices + 2 * head)
+        layers = config.get("num_layers", 32)
+        return Blocks(count=layers, bytes=size, width=width, token_bytes=size)
     width = config.get("num_attention_heads", 24) * head
     attention = 8 * width * (width + 1) + 4 * head
     feed_forward = 2 * (8 * width * width + 5 * width)
@@ -160,6 +169,8 @@ def blocks_of(config: dict[str, Any], family: Family = "qwen-image") -> Blocks:
         count=config.get("num_layers", 60),
         bytes=2 * (attention + feed_forward),
         modulation_bytes=2 * 2 * 6 * width * (width + 1),
+        width=width,
+        token_bytes=attention + feed_forward,  # half: image and text have weights of their own
     )
 
 
@@ -177,7 +188,8 @@ def text_layers_of(config: dict[str, Any], family: Family = "qwen-image") -> Blo
         heads, groups = text.get("num_attention_heads", 28), text.get("num_key_value_heads", 4)
         shared, layers = width * groups // heads, text.get("num_hidden_layers", 28)
         attention = 2 * width * width + width + 2 * shared * (width + 1)
-    return Blocks(count=layers, bytes=2 * (attention + 3 * width * inner + 2 * width))
+    size = 2 * (attention + 3 * width * inner + 2 * width)
+    return Blocks(count=layers, bytes=size, width=width, token_bytes=size)
 
 
 def _unknown(reference: str, catalog: Catalog) -> BadRequest:
@@ -256,6 +268,11 @@ def _component_bytes(folder: Path, name: str) -> int:
         if not file.is_file():
             raise ModelMissing(f"The file {file} is missing.", verify.AGAIN)
     return sum(file.stat().st_size for file in files)
+
+
+def _parameters(folder: Path) -> int:
+    headers = (read_header(file) for file in _weight_files(folder))
+    return sum(math.prod(t.shape) for header in headers for t in header.tensors.values())
 
 
 def _weight_files(folder: Path) -> set[Path]:
