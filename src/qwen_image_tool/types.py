@@ -243,7 +243,7 @@ class Plan(Value):
 
     @property
     def single_frame(self) -> bool:
-        """Pixels come from our own decoder, which has strips; else from diffusers', for its bits."""
+        """Our own decoder, which has strips, makes the pixels; else diffusers', for its bits."""
         return self.mode != "exact" or self.strips > 1
 
     @property
