@@ -168,7 +168,7 @@ BIG = Device(
     vram_bytes=96 * GIB,
     vram_free_bytes=95 * GIB,
 )
-SMALL = Device(kind="cpu", name="CPU", ram_bytes=8 * GIB, ram_free_bytes=5 * GIB)
+SMALL = Device(kind="cpu", name="CPU", ram_bytes=4 * GIB, ram_free_bytes=2 * GIB)
 
 
 @pytest.mark.usefixtures("hub")

@@ -197,7 +197,7 @@ def test_a_card_that_holds_the_model_holds_all_of_it() -> None:
     assert not found.text_placement.slots
     assert found.strips == 1
     assert found.bytes_per_step == 0
-    assert 40 * GIB < found.vram_bytes < 46 * GIB, "no modulation, no head, no words, no vision"
+    assert 38 * GIB < found.vram_bytes < 42 * GIB, "no modulation, no head, no words, no vision"
     assert found.reasons[0] == "Runs on A100: the whole model fits its 60.0 GiB of free memory."
 
 

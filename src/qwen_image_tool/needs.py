@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qwen_image_tool.catalog.costs import load_costs
+from qwen_image_tool.decoding import DECODINGS
 from qwen_image_tool.store import Blocks, Installed
 from qwen_image_tool.types import Device, PhaseName, PhaseNeed, Placement, Rates, Request
 
@@ -16,7 +17,7 @@ TEMPLATE_TOKENS = 10  # around a prompt, beside the leading ones that the transf
 LEADING_TOKENS = 34  # which the text encoder does see
 BYTES_PER_TOKEN = 3  # of a prompt in UTF-8: fewer than in most languages, so more tokens than most
 PIXEL_RAM = 32  # bytes a pixel, from the decoder's numbers to a PNG
-HALO_PIXELS = 8  # rows that a strip takes more on each side, at the size where it takes most memory
+PASSING = 2  # buffers that weights pass through on their way to where they stay
 REACH_PIXELS = 60  # rows that it computes more on each side, over all sizes
 MOST_STRIPS, MIN_STRIP = 16, 64  # and pixel rows: in thinner ones most work is done twice
 # What a device computes in the time of one byte from its memory, where that was not measured
@@ -70,13 +71,13 @@ class Needs:
 
     def decoding_bytes(self, way: Way) -> int:
         """Device memory that the VAE takes beside weights, for one picture."""
-        frame = self.working.pixels * self.installed.model.decode_bytes_per_pixel * _widened(way)
-        if not self._single_frame(way):
-            return frame + self._workspace(way)
-        rows = self.working.height / way.strips + (2 * HALO_PIXELS if way.strips > 1 else 0)
-        part = min(1.0, rows / self.working.height)
-        pixels = self.working.pixels * 4  # uint8 RGBA of the strips that are done
-        return int(frame * self._family.strip_share * part) + pixels + self._workspace(way)
+        model = self.installed.model
+        decoding = DECODINGS[model.family]
+        share = model.decode_bytes_per_pixel / decoding.whole * _widened(way)
+        counted = self.working.pixels * decoding.whole
+        if self._single_frame(way):
+            counted = decoding.bytes(self.working, way.strips)
+        return int(counted * share * self._family.decode_slack) + self._workspace(way)
 
     def step_seconds(self, way: Way) -> float | None:
         """Computing and copying run beside each other. None where a rate is not known."""
@@ -128,17 +129,18 @@ class Needs:
         kept = wide * (
             outer_bytes(model)
             + 2 * model.vae_parameters
-            + (way.blocks.resident + way.blocks.slots) * model.blocks.bytes
+            + way.blocks.resident * model.blocks.bytes
             + way.text.resident * layers.bytes
         )
         reading = wide * (way.text.slots * layers.bytes + self._reading_bytes())
-        tables = wide * 2 * model.blocks.modulation_bytes  # weights, on their way through
         rows = wide * self._rows_bytes()
+        making = max(rows, wide * PASSING * model.blocks.modulation_bytes)
+        ready = kept + rows + wide * way.blocks.slots * model.blocks.bytes
         return {
-            "load": kept,
-            "encode": kept + rows + max(reading, tables),
-            "denoise": kept + rows + self.drawing_bytes(way),
-            "decode": kept + rows + self.decoding_bytes(way),
+            "load": kept + rows + making,
+            "encode": kept + reading,
+            "denoise": ready + self.drawing_bytes(way),
+            "decode": ready + self.decoding_bytes(way),
         }
 
     def _host_bytes(self, way: Way) -> dict[PhaseName, int]:
@@ -150,9 +152,10 @@ class Needs:
         blocks = _waiting(way.blocks, model.blocks) + _staging(way.blocks, model.blocks)
         text = _waiting(way.text, model.text_layers)
         reading = _staging(way.text, model.text_layers)
+        passing = PASSING * max(model.blocks.bytes, model.blocks.modulation_bytes)
         return {
-            "load": blocks + max(model.blocks.bytes, model.bytes["vae"]),  # passing through
-            "encode": blocks + text + max(reading, 2 * model.blocks.modulation_bytes),
+            "load": blocks + max(passing, model.bytes["vae"]),
+            "encode": blocks + text + max(passing, reading),  # the blocks are read behind
             "denoise": blocks + text,
             "decode": blocks + text + pixels,
         }
@@ -192,8 +195,11 @@ class Needs:
         stays = blocks.count if way.blocks.source != "disk" else way.blocks.resident
         passing = (blocks.count - stays) * blocks.bytes
         return {
-            "load": outer_bytes(model) + model.bytes["vae"] + stays * blocks.bytes,
-            "encode": layers.count * layers.bytes + blocks.count * blocks.modulation_bytes,
+            "load": outer_bytes(model)
+            + model.bytes["vae"]
+            + stays * blocks.bytes
+            + blocks.count * blocks.modulation_bytes,
+            "encode": layers.count * layers.bytes,
             "denoise": self.steps * passing,
             "decode": 0,
         }

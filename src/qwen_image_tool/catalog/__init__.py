@@ -118,7 +118,7 @@ class Model(Value):
     sizes: Sizes
     sampling: Sampling
     scheduler: Scheduler
-    decode_bytes_per_pixel: int = Field(description="Working memory of the VAE, bfloat16")
+    decode_bytes_per_pixel: int = Field(description="What diffusers' VAE holds, bfloat16")
     note: str = ""
     revision: str = Field(
         default="", description="Commit of `repo`; empty: the current one, pinned when downloaded"

@@ -20,8 +20,8 @@ class FamilyCosts(Value):
     working: float = Field(description="Hidden states that the block being computed takes")
     traffic: float = Field(description="Hidden states that a block reads and writes, eager")
     compiled_traffic: float = Field(description="The same, compiled")
-    strip_share: float = Field(
-        description="Memory of our single-frame VAE decoder, as a share of diffusers'"
+    decode_slack: float = Field(
+        description="Memory of decoding, as a multiple of the tensors that are counted"
     )
     decode_flop: float = Field(description="To decode one pixel")
     decode_traffic: float = Field(description="Bytes that decoding one pixel reads and writes")
