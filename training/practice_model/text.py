@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, trainers
@@ -125,7 +126,7 @@ class CaptionEncoder(nn.Module):
         self, model: Qwen2_5_VLForConditionalGeneration, tokenizer: Qwen2Tokenizer
     ) -> None:
         super().__init__()
-        self.language: nn.Module = model.model.language_model
+        self.language: Any = model.model.language_model
         self.prefix: Tensor
         before, _ = TEMPLATE.split("{}")
         prefix = tokenizer(before).input_ids

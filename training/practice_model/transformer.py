@@ -75,7 +75,7 @@ def prepare_for_training(model: QwenImageTransformer2DModel, device: str) -> Non
 
 def _rotate(x: Tensor, rotation: Tensor, **_: Any) -> Tensor:
     """x (B, S, heads, D) by rotation (S, D / 2, 2), pairs of neighbours as complex numbers."""
-    real, imaginary = x.float().view(*x.shape[:-1], -1, 2).unbind(-1)
+    real, imaginary = x.float().reshape(*x.shape[:-1], -1, 2).unbind(-1)
     cos, sin = rotation[:, None].unbind(-1)
     turned = (real * cos - imaginary * sin, real * sin + imaginary * cos)
     return torch.stack(turned, dim=-1).flatten(-2).type_as(x)
