@@ -16,6 +16,7 @@ from checker import check
 from PIL import Image
 from world import (
     COLOUR_NAMES,
+    COLOURS,
     KINDS,
     PLACES,
     RELATIONS,
@@ -84,6 +85,13 @@ def test_a_wrong_picture_is_named(asked: Scene, fault: str) -> None:
     verdict = check(ideal(PAIR), asked)
     assert not verdict.right
     assert any(fault in named for named in verdict.faults)
+
+
+@pytest.mark.parametrize(("side", "right"), [(6, True), (24, False)])
+def test_a_few_stray_pixels_of_a_things_colour_do_not_matter(side: int, right: bool) -> None:
+    picture = ideal(PAIR)
+    picture.paste(COLOURS["red"], (230, 10, 230 + side, 10 + side))
+    assert check(picture, PAIR).right == right
 
 
 def test_sizes_are_told_apart() -> None:

@@ -57,11 +57,13 @@ def check(picture: Image.Image, scene: Scene) -> Verdict:
     solid = _solid(labels)
     asked = [COLOUR_NAMES.index(thing.colour) for thing in scene.things]
     background = _background(labels, asked, scene.background, faults)
-    spare = solid & ~np.isin(labels, [*asked, background])
+    blobs = [_blob(labels == colour, solid) for colour in asked]
+    spare = solid & (labels != background)
+    for blob in blobs:
+        spare &= True if blob is None else ~blob.mask
     if spare.mean() > STRAY:
         strays = [COLOUR_NAMES[i] for i in np.unique(labels[spare])]
         faults.append(f"stray colours: {', '.join(strays)}")
-    blobs = [_blob(labels == colour, solid) for colour in asked]
     covered = np.zeros_like(solid)
     for thing, blob, (fx, fy), table in zip(
         scene.things, blobs, *layout(scene, width, height), strict=True
@@ -103,8 +105,12 @@ def _background(labels: np.ndarray, asked: list[int], said: str, faults: list[st
 
 
 def _blob(mask: np.ndarray, solid: np.ndarray) -> Blob | None:
-    """The colour's pixels near its solid ones, or None when there are hardly any."""
+    """The colour's pixels near its solid ones, or None when there are hardly any.
+
+    A thing is one piece: solid pixels apart from it, as seen along the rows or columns, are strays.
+    """
     core = mask & solid
+    core &= _main_run(core.sum(1))[:, None] & _main_run(core.sum(0))
     if core.sum() < 40:
         return None
     near = (
@@ -120,6 +126,22 @@ def _blob(mask: np.ndarray, solid: np.ndarray) -> Blob | None:
         float(right - left) / 2,
         float(bottom - top) / 2,
     )
+
+
+def _main_run(counts: np.ndarray) -> np.ndarray:
+    """Where the run with most pixels lies, (n,) bool; gaps of up to two lines do not part a run."""
+    ends = np.flatnonzero(np.diff(np.concatenate(([0], counts > 0, [0]))))
+    runs: list[list[int]] = []
+    for start, stop in ends.reshape(-1, 2):
+        if runs and start - runs[-1][1] <= 2:
+            runs[-1][1] = stop
+        else:
+            runs.append([start, stop])
+    inside = np.zeros(len(counts), dtype=bool)
+    if runs:
+        start, stop = max(runs, key=lambda run: counts[run[0] : run[1]].sum())
+        inside[start:stop] = True
+    return inside
 
 
 def _judge_kind(thing: Thing, blob: Blob, guest: Blob | None, faults: list[str]) -> np.ndarray:

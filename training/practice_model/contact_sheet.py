@@ -51,9 +51,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     tasks = [Task(prompt, Scene(()), SQUARE, seed=7) for prompt in PROMPTS]
-    pictures = draw(
-        load_pipeline(args.weights, args.device), tasks, args.steps, args.guidance, batch=12
-    )
+    pictures = draw(load_pipeline(args.weights, args.device), 12, tasks, args.steps, args.guidance)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     sheet(pictures, PROMPTS).save(args.out, optimize=True)
 

@@ -14,11 +14,12 @@ import platform
 import random
 import time
 from collections import Counter
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from checker import Verdict, check
@@ -61,7 +62,7 @@ def load_pipeline(weights: Path, device: str) -> QwenImagePipeline:
 
 
 def draw(
-    pipeline: QwenImagePipeline, tasks: Sequence[Task], steps: int, guidance: float, batch: int
+    pipeline: QwenImagePipeline, batch: int, tasks: Sequence[Task], steps: int, guidance: float
 ) -> list[Image.Image]:
     """One picture a task, in their order; each has its own seed, whatever the batch."""
     pictures: dict[int, Image.Image] = {}
@@ -113,19 +114,6 @@ def draw_with_engine(
         plan = planner.plan(request, installed, here)
         pictures += engine.run(request, [plan], lambda _: None, lambda: False).images
     return pictures
-
-
-def draw_and_check(
-    weights: Path, device: str, tasks: Sequence[Task], steps: int, guidance: float, batch: int
-) -> list[tuple[Image.Image, Verdict]]:
-    """A worker's share, on one core of a CPU; a batch of 0 means our own engine."""
-    if device == "cpu":
-        torch.set_num_threads(1)
-    if batch:
-        pictures = draw(load_pipeline(weights, device), tasks, steps, guidance, batch)
-    else:
-        pictures = draw_with_engine(weights, tasks, steps, guidance)
-    return [(p, check(p, task.scene)) for p, task in zip(pictures, tasks, strict=True)]
 
 
 def judge(tasks: Sequence[Task], verdicts: Sequence[Verdict]) -> dict[str, object]:
@@ -182,65 +170,99 @@ def table(report: dict[str, dict[str, object]], how: str) -> str:
     return "\n".join(lines)
 
 
+SETS = {"256x256": [SQUARE], "six other ratios": [*RATIO_SIZES.values()]}
+SWEEP_SEED = 7  # other sentences than the reported ones
+SWEPT_STEPS = (12, 16, 20, 30)
+SWEPT_GUIDANCE = (1.0, 2.0, 3.0, 4.0, 5.0)
+Draw = Callable[[Sequence[Task], int, float], list[Image.Image]]  # tasks, steps, guidance
+
+
+def score(
+    draw: Draw,
+    pool: Executor,
+    tasks: Sequence[Task],
+    steps: int,
+    guidance: float,
+    keep: Path | None = None,
+) -> dict[str, object]:
+    """Draws the tasks here and judges them on all cores; wrong pictures go to `keep`."""
+    pictures = draw(tasks, steps, guidance)
+    scenes = [task.scene for task in tasks]
+    verdicts = list(pool.map(check, pictures, scenes, chunksize=4))
+    for task, picture, verdict in zip(tasks, pictures, verdicts, strict=True):
+        if keep and not verdict.right:
+            keep.mkdir(parents=True, exist_ok=True)
+            picture.save(keep / f"{task.size[0]}x{task.size[1]}-{task.seed:03}.png")
+    return judge(tasks, verdicts)
+
+
+def sweep(draw: Draw, pool: Executor, count: int) -> list[dict[str, object]]:
+    """Percent right for each number of steps and guidance, best last."""
+    found = []
+    for steps, guidance in itertools.product(SWEPT_STEPS, SWEPT_GUIDANCE):
+        row: dict[str, object] = {"steps": steps, "guidance": guidance}
+        for name, sizes in SETS.items():
+            tasks = held_out_tasks(sizes, count, SWEEP_SEED)
+            row[name] = score(draw, pool, tasks, steps, guidance)["percent"]
+        print(row, flush=True)
+        found.append(row)
+    return sorted(found, key=lambda row: [row[name] for name in SETS])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
-    parser.add_argument(
-        "--count", type=int, default=300, help="sentences at 256x256, and over the ratios"
-    )
+    parser.add_argument("--count", type=int, default=300, help="sentences a set")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--guidance", type=float, default=GUIDANCE)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--sweep", action="store_true", help="many steps and guidances instead")
+    parser.add_argument("--batch", type=int, default=0, help="default: 100 on a GPU, 16 on a CPU")
     parser.add_argument("--seed", type=int, default=2026)
     parser.add_argument("--engine", action="store_true", help="draw with our own engine")
-    parser.add_argument("--square-only", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--machine", default=platform.machine(), help="named in the table")
     parser.add_argument("--write-card", action="store_true")
+    parser.add_argument("--out", type=Path, help="file for the JSON too")
     parser.add_argument("--keep", type=Path, help="folder for the wrong pictures")
     args = parser.parse_args()
 
-    sets = {"256x256": [SQUARE], "six other ratios": [*RATIO_SIZES.values()]}
-    if args.square_only:
-        del sets["six other ratios"]
-    report = {}
+    if args.engine:
+        drawer: Draw = partial(draw_with_engine, args.weights)
+    else:
+        pipeline = load_pipeline(args.weights, args.device)
+        drawer = partial(draw, pipeline, args.batch or (16 if args.device == "cpu" else 100))
     begin = time.time()
-    workers = (os.cpu_count() or 1) if args.device == "cpu" else 1
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
-        for name, sizes in sets.items():
-            tasks = held_out_tasks(sizes, args.count, args.seed)
-            shares = [tasks[worker::workers] for worker in range(workers)]
-            work = partial(
-                draw_and_check,
-                args.weights,
-                args.device,
-                steps=args.steps,
-                guidance=args.guidance,
-                batch=0 if args.engine else args.batch,
-            )
-            results = dict(
-                zip(
-                    itertools.chain(*shares),
-                    itertools.chain(*pool.map(work, shares)),
-                    strict=True,
+    with ProcessPoolExecutor(os.cpu_count(), spawn, torch.set_num_threads, (1,)) as pool:
+        if args.sweep:
+            report: dict[str, Any] = {"sweep": sweep(drawer, pool, args.count)}
+        else:
+            report = {
+                name: score(
+                    drawer,
+                    pool,
+                    held_out_tasks(sizes, args.count, args.seed),
+                    args.steps,
+                    args.guidance,
+                    args.keep,
                 )
-            )
-            report[name] = judge(tasks, [results[task][1] for task in tasks])
-            if args.keep:
-                args.keep.mkdir(parents=True, exist_ok=True)
-                for task, (picture, verdict) in results.items():
-                    if not verdict.right:
-                        picture.save(args.keep / f"{name.split()[0]}-{task.seed:03}.png")
-    print(json.dumps(report | {"seconds": round(time.time() - begin)}, indent=1))
-    if args.write_card:
-        card = HERE / "README.md"
-        before, rest = card.read_text().split(MARKS[0])
-        after = rest.split(MARKS[1])[1]
+                for name, sizes in SETS.items()
+            }
+    text = json.dumps(report | {"seconds": round(time.time() - begin)}, indent=1)
+    print(text)
+    if args.out:
+        args.out.write_text(text, encoding="utf-8")
+    if args.write_card and not args.sweep:
         through = "our engine" if args.engine else "the diffusers pipeline"
         how = f"{args.steps} steps, guidance {args.guidance:g}, through {through}, {args.machine}."
-        figures = table(report, how)
-        card.write_text(f"{before}{MARKS[0]}\n{figures}\n{MARKS[1]}{after}")
+        write_card(table(report, how))
+
+
+def write_card(figures: str) -> None:
+    card = HERE / "README.md"
+    before, rest = card.read_text(encoding="utf-8").split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    card.write_text(f"{before}{MARKS[0]}\n{figures}\n{MARKS[1]}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

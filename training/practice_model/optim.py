@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+
+WEIGHT_DECAY = 0.02  # of the learning rate a step: long runs at a constant rate grow no matrix
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum made orthogonal by Newton-Schulz steps (https://kellerjordan.github.io/posts/muon).
 
-    Convolution kernels count as (out, in * height * width) matrices.
+    Convolution kernels count as (out, in * height * width) matrices. All parameters of one shape
+    are updated together, so a step is a few dozen large operations.
     """
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
@@ -20,55 +22,40 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
-        workers, rank = world_size(), dist.get_rank() if dist.is_initialized() else 0
         for group in self.param_groups:
-            updates = []
-            for index, param in enumerate(group["params"]):
-                if param.grad is None:
-                    param.grad = torch.zeros_like(param)
-                state = self.state[param]
-                if not state:
-                    state["momentum"] = torch.zeros_like(param)
-                average: Tensor = state["momentum"]
-                average.lerp_(param.grad, 1 - group["momentum"])
-                update = param.grad.lerp(average, group["momentum"])
-                if index % workers == rank:
-                    matrix = update.reshape(len(update), -1)
-                    scale = max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
-                    update.copy_((_orthogonal(matrix) * scale).view_as(update))
-                else:
-                    update.zero_()
-                updates.append(update)
-            _sum_over_workers(updates)
-            for param, update in zip(group["params"], updates, strict=True):
-                param.add_(update, alpha=-group["lr"])
+            alike: dict[torch.Size, list[Tensor]] = {}
+            for param in group["params"]:
+                alike.setdefault(param.shape, []).append(param)
+            for params in alike.values():
+                self._step(params, group["lr"], group["momentum"])
+
+    def _step(self, params: list[Tensor], lr: float, momentum: float) -> None:
+        for param in params:
+            if param.grad is None:
+                param.grad = torch.zeros_like(param)
+            if not self.state[param]:
+                self.state[param]["momentum"] = torch.zeros_like(param)
+        gradients = [param.grad for param in params if param.grad is not None]
+        averages = [self.state[param]["momentum"] for param in params]
+        torch._foreach_lerp_(averages, gradients, 1 - momentum)
+        updates = torch.stack(torch._foreach_lerp(gradients, averages, momentum))
+        matrices = _orthogonal(updates.flatten(2))
+        scale = max(1.0, matrices.shape[1] / matrices.shape[2]) ** 0.5
+        torch._foreach_mul_(params, 1 - lr * WEIGHT_DECAY)
+        torch._foreach_add_(params, matrices.view_as(updates).unbind(), alpha=-lr * scale)
 
 
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _sum_over_workers(tensors: list[Tensor]) -> None:
-    """In place, in one message."""
-    if world_size() == 1:
-        return
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
-    dist.all_reduce(flat)
-    begin = 0
-    for tensor in tensors:
-        tensor.copy_(flat[begin : begin + tensor.numel()].view_as(tensor))
-        begin += tensor.numel()
-
-
-def _orthogonal(matrix: Tensor) -> Tensor:
-    x: Tensor = matrix.bfloat16()
-    wide = x.shape[0] <= x.shape[1]
-    x = x if wide else x.T
-    x = x / (x.norm() + 1e-7)
+def _orthogonal(matrices: Tensor) -> Tensor:
+    """(N, rows, columns), each with all its singular values near one."""
+    x: Tensor = matrices.bfloat16()
+    wide = x.shape[1] <= x.shape[2]
+    x = x if wide else x.mT
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return (x if wide else x.T).to(matrix.dtype)
+    made: Tensor = (x if wide else x.mT).to(matrices.dtype).contiguous()
+    return made
 
 
 class Optimizers:
@@ -79,6 +66,7 @@ class Optimizers:
     ):
         named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         hidden = {n for n, p in named if p.ndim >= 2 and not any(part in n for part in adam_only)}
+        self.params = [p for _, p in named]
         self.parts: list[torch.optim.Optimizer] = [
             Muon([p for n, p in named if n in hidden], lr=muon_lr),
             torch.optim.AdamW(
@@ -86,6 +74,7 @@ class Optimizers:
                 lr=adam_lr,
                 betas=(0.9, 0.98),
                 weight_decay=0.0,
+                fused=True,
             ),
         ]
         self.peaks = [muon_lr, adam_lr]
@@ -93,15 +82,9 @@ class Optimizers:
     def step(self, factor: float) -> None:
         """One update with each learning rate at `factor` of its peak.
 
-        Gradients are averaged over the workers, clipped to a norm of 1, and cleared afterwards.
+        Gradients are clipped to a norm of 1 before and cleared afterwards.
         """
-        params = [p for part in self.parts for group in part.param_groups for p in group["params"]]
-        params = [p for p in params if p.grad is not None]
-        gradients = [p.grad for p in params if p.grad is not None]
-        _sum_over_workers(gradients)
-        for gradient in gradients:
-            gradient.div_(world_size())
-        nn.utils.clip_grad_norm_(params, 1.0)
+        nn.utils.clip_grad_norm_(self.params, 1.0)
         for part, peak in zip(self.parts, self.peaks, strict=True):
             for group in part.param_groups:
                 group["lr"] = peak * factor

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, trainers
@@ -17,7 +18,6 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
-from transformers.cache_utils import DynamicCache
 from world import (
     COLOUR_NAMES,
     KINDS,
@@ -26,7 +26,6 @@ from world import (
     Scene,
     layout,
     sample_scene,
-    sample_training_scene,
     write_caption,
 )
 
@@ -39,6 +38,7 @@ TEMPLATE = (
 )  # QwenImagePipeline.prompt_template_encode
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 VOCABULARY = 640
+LONGEST = 58  # tokens of a caption with its suffix; the world's longest take 48
 WIDTH = 192
 
 
@@ -108,38 +108,39 @@ def build_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGenerati
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
+def tokenise(tokenizer: Qwen2Tokenizer, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Ids (B, LONGEST) of caption and suffix, padded on the right, and the lengths (B,)."""
+    _, suffix = TEMPLATE.split("{}")
+    rows = tokenizer([caption + suffix for caption in captions]).input_ids
+    lengths = torch.tensor([len(row) for row in rows])
+    if (longest := int(lengths.max())) > LONGEST:
+        raise ValueError(f"a caption has {longest} tokens with its suffix; {LONGEST} is the most")
+    padded = [row + [0] * (LONGEST - len(row)) for row in rows]
+    return torch.tensor(padded), lengths
+
+
 class CaptionEncoder(nn.Module):
-    """Hidden states as the pipeline gets them, with the constant prefix computed once a call."""
+    """Hidden states as the pipeline gets them: after the template's prefix."""
 
     def __init__(
         self, model: Qwen2_5_VLForConditionalGeneration, tokenizer: Qwen2Tokenizer
     ) -> None:
         super().__init__()
-        self.language = model.model.language_model
-        self.tokenizer = tokenizer
-        self.prefix, self.suffix = TEMPLATE.split("{}")
-
-    def tokens(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Ids (B, L) of caption and suffix, padded on the right, and the lengths (B,)."""
-        rows = self.tokenizer([caption + self.suffix for caption in captions]).input_ids
-        lengths = torch.tensor([len(row) for row in rows])
-        ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
-        for index, row in enumerate(rows):
-            ids[index, : len(row)] = torch.tensor(row)
-        return ids, lengths
+        self.language: Any = model.model.language_model
+        self.prefix: Tensor
+        before, _ = TEMPLATE.split("{}")
+        prefix = tokenizer(before).input_ids
+        self.register_buffer("prefix", torch.tensor([prefix]), persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """(B, L, 192). Causal attention never sees the padding on the right: no mask is needed."""
-        prefix = torch.tensor([self.tokenizer(self.prefix).input_ids], device=ids.device)
-        cache = DynamicCache(config=self.language.config)
-        with torch.no_grad():
-            self.language(prefix, past_key_values=cache, use_cache=True)
-        for layer in cache.layers:
-            layer.keys = layer.keys.expand(len(ids), -1, -1, -1)
-            layer.values = layer.values.expand(len(ids), -1, -1, -1)
-        read = self.language(ids, past_key_values=cache, use_cache=True)
-        hidden: Tensor = read.last_hidden_state
-        return hidden
+        """(B, L) to (B, L, 192). Causal attention never sees padding on the right: no mask."""
+        whole = torch.cat((self.prefix.expand(len(ids), -1), ids), dim=1)
+        hidden: Tensor = self.language(whole, use_cache=False).last_hidden_state
+        return hidden[:, PREFIX_TOKENS:]
+
+    def compile_layers(self) -> None:
+        for layer in self.language.layers:
+            layer.compile(dynamic=False)
 
 
 # Reading: what each of the five last tokens must know
@@ -194,27 +195,11 @@ class Reader(nn.Module):
         return [*scores, self.background(ends[:, 3]), self.whole(ends[:, 4])]
 
 
-def caption_batches(rng: random.Random, count: int) -> Iterator[tuple[list[str], Tensor]]:
-    """Captions of like length and their targets (B, 20); one caption in thirty is empty."""
-    while True:
-        pairs: list[tuple[str, Scene]] = []
-        for _ in range(4 * count):
-            scene = Scene(()) if rng.random() < 0.03 else sample_training_scene(rng)
-            pairs.append((write_caption(scene, rng) or " ", scene))
-        pairs.sort(key=lambda pair: len(pair[0]))
-        for start in rng.sample(range(0, 4 * count, count), 4):
-            part = pairs[start : start + count]
-            yield (
-                [caption for caption, _ in part],
-                torch.tensor([targets(scene) for _, scene in part]),
-            )
-
-
-def reading_loss(scores: list[Tensor], wanted: Tensor) -> tuple[Tensor, float]:
+def reading_loss(scores: list[Tensor], wanted: Tensor) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy over the parts, and the share of captions read without any mistake."""
     losses = [
         functional.cross_entropy(score.float(), wanted[:, part], ignore_index=-100)
         for part, score in enumerate(scores)
     ]
     right = torch.stack([s.argmax(-1) for s in scores], dim=1).eq(wanted) | wanted.eq(-100)
-    return torch.stack(losses).mean(), right.all(dim=1).float().mean().item()
+    return torch.stack(losses).mean(), right.all(dim=1).float().mean()
