@@ -92,9 +92,9 @@ def pipeline(seed: int = 0, layers: int = 2) -> Any:
     )
 
 
-def save(folder: Path, seed: int = 0) -> Path:
+def save(folder: Path, seed: int = 0, layers: int = 2) -> Path:
     """Write a tiny model in bfloat16, as the published ones are."""
-    pipeline(seed).to(torch.bfloat16).save_pretrained(folder)
+    pipeline(seed, layers).to(torch.bfloat16).save_pretrained(folder)
     return folder
 
 

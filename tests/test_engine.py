@@ -1,0 +1,150 @@
+"""The engine as a whole, on a tiny model: what is said on the way, cancelling, the next plan."""
+
+import gc
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import tiny
+from qwen_image_tool.catalog import load_catalog
+from qwen_image_tool.engine import denoise as denoising
+from qwen_image_tool.engine.engine import Engine, Run
+from qwen_image_tool.errors import Cancelled, OutOfMemory
+from qwen_image_tool.store import locate
+from qwen_image_tool.types import (
+    Event,
+    Loading,
+    Notice,
+    PhaseNeed,
+    PhaseStarted,
+    Placement,
+    Plan,
+    Request,
+    Size,
+    Stepped,
+)
+
+SIZE = Size(64, 48)
+REQUEST = Request(
+    model="tiny", prompt="a cat", negative_prompt=" ", cfg=3.0, size=SIZE, steps=3, seed=5, images=2
+)
+FROM_DISK = Placement(blocks=6, resident=2, slots=2, source="disk")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save(tmp_path_factory.mktemp("models") / "tiny", layers=6)
+
+
+def plan(placement: Placement = FROM_DISK, **fields: Any) -> Plan:
+    return Plan(
+        device="cpu",
+        dtype="float32",
+        working_size=SIZE,
+        forwards=1,
+        placement=placement,
+        text_placement=Placement(blocks=2, resident=1, slots=1, source="disk"),
+        phases=(PhaseNeed(phase="load", ram_bytes=1),),
+        disk_bytes=1,
+        reasons=("Another way.",),
+        **fields,
+    )
+
+
+def draw(engine: Engine, plans: list[Plan], events: list[Event], after: int = 10**9) -> Run:
+    """`after`: how often the run may ask before it is cancelled."""
+    asked = iter(range(10**9))
+    return engine.run(REQUEST, plans, events.append, lambda: next(asked) >= after)
+
+
+def live() -> tuple[int, int]:
+    """Bytes of all tensors, and threads."""
+    gc.collect()
+    storages = {}
+    for each in gc.get_objects():
+        if issubclass(type(each), torch.Tensor) and not each.is_meta:
+            storages[each.untyped_storage().data_ptr()] = each.untyped_storage().nbytes()
+    return sum(storages.values()), threading.active_count()
+
+
+def test_phases_and_steps_are_told_in_order(folder: Path, tmp_path: Path) -> None:
+    engine = Engine(locate(str(folder), load_catalog(), Path()), tmp_path)
+    for known in (False, True):
+        events: list[Event] = []
+        run = draw(engine, [plan()], events)
+        phases = [event.phase for event in events if isinstance(event, PhaseStarted)]
+        assert phases == ["load", "encode", "load", "denoise", "decode"]
+        assert [e.step for e in events if isinstance(e, Stepped)] == [1, 2, 3]
+        assert set(run.seconds) == {"load", "encode", "denoise", "decode"}
+        assert known or all(e.done_bytes <= e.total_bytes for e in events if isinstance(e, Loading))
+    engine.release()
+
+
+def test_cancelling_at_any_time_leaves_the_memory_as_it_was(folder: Path) -> None:
+    engine = Engine(locate(str(folder), load_catalog(), Path()))
+    draw(engine, [plan()], [])  # after it, what libraries keep for good is there
+    engine.release()
+    before = live()
+    after, cancelled = 0, True
+    tried = 0
+    while cancelled:
+        try:
+            draw(engine, [plan()], [], after)
+        except Cancelled:
+            pass  # with the error go the frames that hold tensors
+        else:
+            cancelled = False
+        half_loaded = engine._parts is None
+        assert not half_loaded or live() == before, f"after {after} questions"
+        engine.release()
+        assert live() == before, f"after {after} questions"
+        after += max(1, after // 4)
+        tried += 1
+    assert tried > 10
+
+
+def test_the_next_plan_follows_when_the_memory_runs_out(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(locate(str(folder), load_catalog(), Path()))
+    expected = draw(engine, [plan()], [])
+    plain = denoising.denoise
+    held: list[int] = []
+
+    def denoise(forward: Any, latents: torch.Tensor, *rest: Any) -> torch.Tensor:
+        held.append(live()[0])
+        if len(held) < 3:
+            ballast = torch.zeros(5_000_000)
+            raise torch.OutOfMemoryError(f"CUDA out of memory.\n{len(ballast)}")
+        return plain(forward, latents, *rest)
+
+    monkeypatch.setattr("qwen_image_tool.engine.engine.denoise", denoise)
+    events: list[Event] = []
+    resident = Placement(blocks=6, resident=6)
+    plans = [plan(resident), plan(), plan(Placement(blocks=6, resident=0, slots=3, source="disk"))]
+    run = draw(engine, plans, events)
+    assert run.plan == plans[2]
+    notices = [event.text for event in events if isinstance(event, Notice)]
+    assert notices == ["The memory ran out. CUDA out of memory. Trying again: Another way."] * 2
+    assert held[0] > held[2], "the failed runs' memory is given back first"
+    for ours, theirs in zip(run.images, expected.images, strict=True):
+        assert np.array_equal(np.asarray(ours), np.asarray(theirs))
+    engine.release()
+
+
+def test_the_last_plan_s_failure_is_the_error(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(locate(str(folder), load_catalog(), Path()))
+
+    def denoise(*_: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("qwen_image_tool.engine.engine.denoise", denoise)
+    with pytest.raises(OutOfMemory, match="memory ran out"):
+        draw(engine, [plan(), plan(compiled=True)], [])
+    engine.release()
