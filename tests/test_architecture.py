@@ -14,7 +14,7 @@ HEAVY = {"torch", "diffusers", "transformers", "accelerate", "safetensors"}
 # Lowest first; a module may import from its own line's left and from any line above.
 LEVELS = [
     ["errors", "types"],
-    ["catalog", "settings", "logs"],
+    ["catalog", "settings", "logs", "rates"],
     ["device", "store", "gallery"],
     ["planner", "doctor"],
     ["engine"],

@@ -131,6 +131,7 @@ class Rates(Value):
 
     matmul: float = 0
     attention: float = 0
+    memory: float = Field(default=0, description="Copies within the device, read plus written")
     bus: float = Field(default=0, description="From page-locked memory to the GPU")
     pageable: float = Field(default=0, description="From pageable memory to the GPU")
     disk: float = Field(default=0, description="Reads of model files by several threads")
@@ -138,6 +139,9 @@ class Rates(Value):
         default="", description="diffusers' name of the fastest one; empty: torch's own choice"
     )
     compiler: bool = Field(default=False, description="torch.compile works here")
+    compile_seconds: float = Field(
+        default=0, description="That the first compiled step took longer, with what is cached"
+    )
 
 
 class Device(Value):
@@ -167,6 +171,9 @@ class Device(Value):
                 if limit is not None
             }
         )
+
+    def with_rates(self, rates: Rates) -> "Device":
+        return self.model_copy(update={"rates": rates})
 
     @property
     def torch_name(self) -> str:
