@@ -14,7 +14,7 @@ HEAVY = {"torch", "diffusers", "transformers", "accelerate", "safetensors"}
 # Lowest first; a module may import from its own line's left and from any line above.
 LEVELS = [
     ["errors", "types"],
-    ["catalog", "settings", "logs", "decoding"],
+    ["catalog", "settings", "logs", "decoding", "rates"],
     ["device", "store", "gallery"],
     ["needs", "planner", "doctor"],
     ["engine"],

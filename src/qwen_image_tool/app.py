@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qwen_image_tool import __version__, device, doctor, gallery, planner, store
 from qwen_image_tool.catalog import Model, load_catalog
 from qwen_image_tool.errors import BadRequest, CannotRun, ToolError
+from qwen_image_tool.rates import RateBook
 from qwen_image_tool.settings import Settings
 from qwen_image_tool.store.library import Library
 from qwen_image_tool.store.places import Elsewhere, hugging_face_cache, other_programs
@@ -22,6 +23,7 @@ from qwen_image_tool.types import (
     Notice,
     PhaseStarted,
     Plan,
+    Rates,
     Request,
     Result,
     Saved,
@@ -62,6 +64,7 @@ class App:
         named = settings.other_models.split(os.pathsep) if settings.other_models else ()
         folders = (*other_programs(), *(Path(name).expanduser() for name in named))
         self.elsewhere = Elsewhere(hugging_face_cache(), folders)
+        self.rates = RateBook(settings.cache / "rates")
         self.library = Library(self.catalog, settings.models, self._hub, self.elsewhere)
 
     def _hub(self) -> "Hub":
@@ -117,13 +120,13 @@ class App:
         """
         installed = store.expect(request.model, self.catalog, self.settings.models, self.elsewhere)
         resolved = self.resolve(request, installed)
-        where = on or device.probe(device.probe_in_child())
+        where = on or self._here()
         return resolved, planner.plans(resolved, installed, where, anyway)
 
     def recommend(self, on: Device | None = None) -> tuple["Advice", ...]:
         """For every model this version runs, its best variant on this machine (or `on` another),
         the planner's reason and what getting it takes; the best model first."""
-        where = on or device.probe(device.probe_in_child())
+        where = on or self._here()
         advice = [
             self._advise(model, where)
             for model in self.catalog.models
@@ -187,7 +190,7 @@ class App:
         if created:
             emit(Notice(text=created))
 
-        here = self._device_for(installed).within(ram_bytes, vram_bytes)
+        here = self._device_for(installed, emit).within(ram_bytes, vram_bytes)
         plans = planner.plans(resolved, installed, here, anyway)
         for reason in plans[0].reasons:
             emit(Notice(text=reason))
@@ -214,7 +217,7 @@ class App:
             versions=versions,
         )
 
-    def _device_for(self, installed: store.Installed) -> Device:
+    def _device_for(self, installed: store.Installed, emit: Callable[[Event], None]) -> Device:
         """The machine as it was before the engine took memory; a new engine for another model."""
         from qwen_image_tool.engine.engine import Engine
         from qwen_image_tool.engine.probe import torch_facts
@@ -223,12 +226,30 @@ class App:
             if self._engine:
                 self._engine.release()
             self._engine = Engine(installed, self.settings.cache)
-            self._device = device.probe(torch_facts())
+            self._device = self._measured(device.probe(torch_facts()), emit)
         return self._device
 
+    def _here(self) -> Device:
+        """This machine, read in a child process, with what it was measured to do before."""
+        found = device.probe(device.probe_in_child())
+        return found.with_rates(self.rates.get(found) or Rates())
+
+    def _measured(self, found: Device, emit: Callable[[Event], None]) -> Device:
+        """`found` with its rates, which are measured where they are not known yet."""
+        from qwen_image_tool.engine.measure import measure
+
+        rates = self.rates.get(found)
+        if rates is None:
+            emit(Notice(text=f"Measuring once how fast {found.name} is."))
+            rates = measure(found, self.settings.cache / "compiled")
+            if rates.matmul:
+                self.rates.put(found, rates)
+        return found.with_rates(rates)
+
     def clear_cache(self) -> None:
-        """Forget what can be made again: embeddings of known prompts, modulation of schedules."""
-        for name in ("embeddings", "modulation"):
+        """Forget what can be made again: embeddings of known prompts, modulation of schedules, what
+        was compiled, what devices were measured to do."""
+        for name in ("embeddings", "modulation", "compiled", "rates"):
             shutil.rmtree(self.settings.cache / name, ignore_errors=True)
 
     def examine(self) -> tuple[doctor.Check, ...]:

@@ -54,6 +54,10 @@ class OutOfMemory(ToolError):
     """The machine ran out of GPU or main memory during the run."""
 
 
+class BrokenPicture(ToolError):
+    """What came out is no picture: the device or a library computed wrongly."""
+
+
 class Cancelled(ToolError):
     """The user stopped the run; nothing was written."""
 

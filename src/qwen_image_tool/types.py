@@ -176,6 +176,9 @@ class Device(Value):
         capped = self.vram_capped or vram_bytes is not None
         return self.model_copy(update=update | {"vram_capped": capped})
 
+    def with_rates(self, rates: Rates) -> "Device":
+        return self.model_copy(update={"rates": rates})
+
     @property
     def torch_name(self) -> str:
         """The name torch gives it: ROCm answers to "cuda"."""

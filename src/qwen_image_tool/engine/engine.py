@@ -1,5 +1,6 @@
 """One loaded model: run a resolved request, step by step."""
 
+import functools
 import gc
 import itertools
 import math
@@ -21,10 +22,11 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
 from PIL import Image
 
 from qwen_image_tool import logs
-from qwen_image_tool.engine import families, text, vae, weights
+from qwen_image_tool.engine import attention, compiled, families, text, vae, weights
 from qwen_image_tool.engine.cache import TensorCache, checkpoint_identity
+from qwen_image_tool.engine.checks import check_image, check_latents
 from qwen_image_tool.engine.denoise import denoise, noise, schedule
-from qwen_image_tool.errors import Cancelled, ModelMissing, OutOfMemory
+from qwen_image_tool.errors import BrokenPicture, Cancelled, ModelMissing, OutOfMemory
 from qwen_image_tool.store import Installed
 from qwen_image_tool.types import (
     Event,
@@ -55,20 +57,22 @@ class Engine:
         self.installed = installed
         self._cache = cache
         self._parts: _Parts | None = None
+        self._emit: Emit = lambda _: None
 
     def run(
         self, request: Request, plans: Sequence[Plan], emit: Emit, is_cancelled: IsCancelled
     ) -> "Run":
         """Make the pictures of a resolved request by the first of `plans`; where the memory runs
-        out, by the next one, which is said.
+        out or what comes out is no picture, by the next one, which is said.
 
-        Raises PromptTooLong, ModelMissing, OutOfMemory; or Cancelled within a step of
-        `is_cancelled()` turning true.
+        Raises PromptTooLong, ModelMissing, OutOfMemory, BrokenPicture; or Cancelled within a step
+        of `is_cancelled()` turning true.
         """
+        self._emit = emit
         for plan, following in itertools.zip_longest(plans, plans[1:]):
             try:
                 return self._run(request, plan, emit, is_cancelled)
-            except OutOfMemory as error:
+            except (OutOfMemory, BrokenPicture) as error:
                 if following is None:
                     raise
                 why = error.message
@@ -82,6 +86,7 @@ class Engine:
         if self._parts is not None:
             self._parts.close()
         self._parts = None
+        _forget_tables()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -126,6 +131,7 @@ class Engine:
                     request.cfg,
                     watch.stepped,
                 )
+                check_latents(latents)
 
             # 5. From latents to pixels, one picture at a time
             with watch.phase("decode"):
@@ -134,12 +140,15 @@ class Engine:
                     vae.decode(parts.vae, cell[None], family.unscale, plan.strips) for cell in cells
                 ]
                 images = [vae.crop_centre(image, request.size) for image in drawn]
+                for image in images if plan.mode != "exact" else ():
+                    check_image(image)
         return Run(images, plan, watch.seconds)
 
     def _load(self, plan: Plan, reader: weights.Reader) -> "_Parts":
         if self._parts is None or not plan.loads_like(self._parts.plan):
             self.release()
             self._parts = _Parts(self.installed, plan, self._cache, reader)
+            self._parts.speed_up(lambda text: self._emit(Notice(text=text)))
         return self._parts
 
     @contextmanager
@@ -214,6 +223,14 @@ class _Parts:
             positions - self.tokenizer.dropped,
         )
         self._known = self._tensor_cache("embeddings", self._text_folder, EMBEDDINGS_LIMIT)
+
+    def speed_up(self, on_failure: Callable[[str], None]) -> None:
+        """Attention and compiled blocks as planned; `on_failure` is told where they don't work."""
+        blocks = self.transformer.blocks
+        attention.use(blocks, self.plan.attention)
+        if self.plan.compiled:
+            cache = self._cache and self._cache / "compiled"
+            compiled.compile_blocks(blocks, self.family.lengths, cache, on_failure)
 
     @property
     def is_loaded(self) -> bool:
@@ -314,6 +331,15 @@ class _Watch:
 def device_name(device: torch.device) -> str:
     """Bits depend on the card, not on its number."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def _forget_tables() -> None:
+    """diffusers keeps the rotary tables of every model for good, on its device."""
+    for each in gc.get_objects():
+        if isinstance(each, functools._lru_cache_wrapper) and each.__module__.startswith(
+            "diffusers.models"
+        ):
+            each.cache_clear()
 
 
 def _limit_memory(device: torch.device, limit: int) -> None:

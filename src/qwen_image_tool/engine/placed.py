@@ -69,6 +69,11 @@ class Blocks:
         self.loading: Future[None] = loader.submit(self._load, slabs, in_host, reader)
         loader.shutdown(wait=False)
 
+    @property
+    def modules(self) -> list[nn.Module]:
+        """Those that walks give: the residents, and the slots."""
+        return [*(self._modules[number] for number in self._residents), *self._slots]
+
     def walk(self) -> Iterator[tuple[int, nn.Module]]:
         """Every block in order, ready to run on the device; waits until what stays is read."""
         self.loading.result()

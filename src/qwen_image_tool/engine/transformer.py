@@ -47,6 +47,11 @@ class Transformer:
         """Done when what stays of the blocks is read."""
         return self._blocks.loading
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The modules that walks give."""
+        return self._blocks.modules
+
     def walk(self) -> Iterator[tuple[int, nn.Module]]:
         """Every block in order, ready to run."""
         return self._blocks.walk()

@@ -1,6 +1,7 @@
 """What differs between the model families, and nothing else."""
 
 import importlib
+from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -33,6 +34,9 @@ class Family(Protocol):
 
     def unscale(self, cells: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
         """Latent cells as the VAE reads them."""
+
+    def lengths(self, *args: Any, **kwargs: Any) -> Sequence[tuple[torch.Tensor, int]] | None:
+        """See compiled.Lengths."""
 
 
 MODULES = {"qwen-image": "qwen_image", "qwen-image-2.1": "qwen_image_21"}

@@ -66,6 +66,17 @@ def unscale(cells: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch
     return cells / (1.0 / std) + mean
 
 
+def lengths(
+    image: torch.Tensor,
+    text: torch.Tensor,
+    _mask: None,
+    _temb: torch.Tensor,
+    rotary: tuple[torch.Tensor, torch.Tensor],
+) -> list[tuple[torch.Tensor, int]]:
+    """See compiled.Lengths."""
+    return [(image, 1), (text, 1), (rotary[0], 0), (rotary[1], 0)]
+
+
 class Transformer(transformer.Transformer):
     """A QwenImageTransformer2DModel whose blocks are without their modulation weights."""
 

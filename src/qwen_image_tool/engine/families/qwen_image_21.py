@@ -56,6 +56,19 @@ def unscale(cells: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch
     return cells * std + mean
 
 
+def lengths(
+    image: torch.Tensor,
+    rotary_emb: torch.Tensor,
+    layer_cache: "PrefixCache",
+    kv_cache_mode: str,
+    **_: Any,
+) -> list[tuple[torch.Tensor, int]] | None:
+    """See compiled.Lengths. The first step has a form of its own."""
+    if kv_cache_mode == "extract":
+        return None
+    return [(image, 1), (rotary_emb, 0), (layer_cache.memory, 2)]
+
+
 class Transformer(transformer.Transformer):
     """A QwenImage21Transformer2DModel. Raises ModelUnsupported where its text tokens depend on the
     timestep, which no published one's do."""
@@ -93,14 +106,14 @@ class PrefixCache:
     tokens, heads, head width], stays where it is."""
 
     def __init__(self, memory: torch.Tensor) -> None:
-        self._memory = memory
+        self.memory = memory
 
     def store(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        self._memory[0].copy_(keys)
-        self._memory[1].copy_(values)
+        self.memory[0].copy_(keys)
+        self.memory[1].copy_(values)
 
     def get(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._memory[0], self._memory[1]
+        return self.memory[0], self.memory[1]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,37 @@
+"""Which kernel computes attention: torch's own choice, or a faster one of those that are there."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from torch import nn
+
+# diffusers' names; those that compute in 8 bits (sage) change the picture and are not asked
+CANDIDATES = ("_native_cudnn", "_native_flash", "flash", "_flash_3")
+
+
+def attend(
+    backend: str, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+) -> torch.Tensor:
+    """Attention of all on all; [1, tokens, heads, width] each, and the result.
+
+    `backend`: diffusers' name; "" is torch's choice. Raises anything where it can't.
+    """
+    name = AttentionBackendName(backend or "native")
+    result: torch.Tensor = dispatch_attention_fn(queries, keys, values, backend=name)
+    return result
+
+
+def use(blocks: Iterable[nn.Module], backend: str) -> None:
+    """Let the attention of `blocks` be computed by `backend`; "" leaves it to torch.
+
+    Unlike diffusers' set_attention_backend this changes no other model, and no call that names
+    another backend: 2.1's first step, whose text is masked, stays with torch's choice.
+    """
+    name = AttentionBackendName(backend) if backend else None
+    for block in blocks:
+        for module in block.modules():
+            processor: Any = getattr(module, "processor", None)
+            if hasattr(processor, "_attention_backend"):
+                processor._attention_backend = name

@@ -1,0 +1,212 @@
+"""What a device does: products, attention, copies, and whether torch.compile works on it.
+
+A GPU is asked in processes of their own, where a kernel or a compiler that crashes takes nothing
+with it: `python -m qwen_image_tool.engine.measure DEVICE` prints its Rates, with `compiler` behind
+it, whether it compiles.
+"""
+
+import contextlib
+import functools
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from qwen_image_tool.engine import attention
+from qwen_image_tool.types import Device, Rates
+
+log = logging.getLogger(__name__)
+
+CHILD_SECONDS = 120  # the first import of torch from a hard disk takes a minute
+WIDTH, HEADS, HEAD = 3072, 24, 128  # of the 20B family's blocks; 2.1's are a third wider
+MIB = 2**20
+LEAD = 1.03  # how much faster than torch's choice a backend must be; less is noise
+
+
+def measure(device: Device, cache: Path) -> Rates:
+    """The rates of `device`; zeros for what can't be measured. About 8 s for a GPU, 1 s for a CPU.
+
+    `cache`: folder for what is compiled. The disk is not measured here: loading a model does that.
+    """
+    if device.kind == "cpu":
+        return speeds(torch.device("cpu"))
+    children = {"speeds": _child(device, cache)}
+    if device.kind != "mps":  # torch calls its compiler for Metal a prototype
+        children["compiler"] = _child(device, cache, "compiler")
+    said = {name: _answer(child) for name, child in children.items()}
+    try:
+        rates = Rates.from_json(said["speeds"])
+    except ValidationError:
+        rates = Rates()
+    return rates.model_copy(update={"compiler": said.get("compiler") == "works"})
+
+
+def speeds(device: torch.device) -> Rates:
+    """Products, attention and copies of `device`, in this process."""
+    clock = _Clock(device)
+    backend, attention_rate = _attention(clock)
+    bus = _bus(clock)
+    return Rates(
+        matmul=_matmul(clock),
+        attention=attention_rate,
+        memory=_memory(clock),
+        bus=bus,
+        pageable=_pageable(clock, bus),
+        attention_backend=backend,
+    )
+
+
+class _Clock:
+    """Times work on `device`, repeated until `seconds` have passed."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.on_gpu = device.type != "cpu"
+        self.seconds = 0.1 if self.on_gpu else 0.2
+
+    def __call__(self, work: Callable[[], object]) -> float:
+        """Seconds of one `work`, once it has run before."""
+        self._time(work, 1)
+        times = 1
+        while (taken := self._time(work, times)) < self.seconds:
+            times = 1 + int(times * min(10.0, 1.2 * self.seconds / max(taken, 1e-6)))
+        return taken / times
+
+    def _time(self, work: Callable[[], object], times: int) -> float:
+        started = time.perf_counter()
+        for _ in range(times):
+            work()
+        if self.on_gpu:
+            torch.accelerator.synchronize()
+        return time.perf_counter() - started
+
+    def random(self, *shape: int) -> torch.Tensor:
+        """bfloat16, the same values at every call."""
+        generator = torch.Generator(self.device).manual_seed(0)
+        return torch.randn(shape, generator=generator, device=self.device, dtype=torch.bfloat16)
+
+
+def _matmul(clock: _Clock) -> float:
+    """FLOP/s of an MLP's first product."""
+    rows = 4096 if clock.on_gpu else 256
+    columns = 4 * WIDTH if clock.on_gpu else WIDTH
+    x, weight = clock.random(rows, WIDTH), clock.random(columns, WIDTH)
+    return 2 * rows * WIDTH * columns / clock(lambda: nn.functional.linear(x, weight))
+
+
+def _attention(clock: _Clock) -> tuple[str, float]:
+    """The fastest backend that agrees with torch's choice, and its FLOP/s. The length is odd, as
+    those of text and picture together are."""
+    tokens = 4096 + 187 if clock.on_gpu else 512
+    states = clock.random(3, 1, tokens, HEADS, HEAD).unbind()
+    own = attention.attend("", *states)
+    seconds = {"": clock(lambda: attention.attend("", *states))}
+    for name in attention.CANDIDATES if clock.device.type == "cuda" else ():
+        try:
+            if _agrees(name, states, own):
+                seconds[name] = clock(functools.partial(attention.attend, name, *states))
+        except Exception as error:  # noqa: BLE001  not there, or not for this device
+            log.debug("Attention by %s: %s", name, error)
+    fastest = min(seconds, key=lambda name: seconds[name])
+    chosen = fastest if seconds[fastest] * LEAD < seconds[""] else ""
+    return chosen, 4 * tokens * tokens * WIDTH / seconds[chosen]
+
+
+def _agrees(name: str, states: tuple[torch.Tensor, ...], own: torch.Tensor) -> bool:
+    """Within two roundings of `own`, and the same each time."""
+    first, second = attention.attend(name, *states), attention.attend(name, *states)
+    error = (first.float() - own.float()).norm() / own.float().norm()
+    return bool(torch.equal(first, second) and error < 2 * 2**-8)
+
+
+def _memory(clock: _Clock) -> float:
+    """Bytes/s of a copy within the device, read plus written."""
+    source = torch.empty(128 * MIB, dtype=torch.uint8, device=clock.device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / clock(lambda: target.copy_(source))
+
+
+def _bus(clock: _Clock) -> float:
+    """Bytes/s from page-locked memory to the GPU; 0 where there is none, or nothing is locked."""
+    if clock.device.type not in ("cuda", "xpu"):
+        return 0
+    try:
+        source = torch.empty(128 * MIB, dtype=torch.uint8).pin_memory()
+    except RuntimeError:
+        return 0
+    target = torch.empty_like(source, device=clock.device)
+    return source.nbytes / clock(lambda: target.copy_(source, non_blocking=True))
+
+
+def _pageable(clock: _Clock, bus: float) -> float:
+    """Bytes/s from pageable memory to the GPU by way of a page-locked buffer, one block filling it
+    while the one before is sent on: the slower of the two counts."""
+    if not bus:
+        return 0
+    source = torch.ones(128 * MIB, dtype=torch.uint8)
+    staging = torch.empty_like(source).pin_memory()
+    return min(bus, source.nbytes / clock(lambda: staging.copy_(source)))
+
+
+def try_compiler(device: torch.device) -> None:
+    """Compile a small function for any number of rows, and run it. Raises what goes wrong."""
+
+    def modulated(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return nn.functional.gelu(nn.functional.layer_norm(x, (64,)) * (1 + scale))
+
+    x = torch.linspace(-1, 1, 16 * 64, device=device).view(16, 64)
+    torch._dynamo.maybe_mark_dynamic(x, 0)
+    with torch.inference_mode():
+        result = torch.compile(modulated, fullgraph=True)(x, x[0])
+    torch.testing.assert_close(result, modulated(x, x[0]), atol=1e-3, rtol=1e-3)
+
+
+def _child(device: Device, cache: Path, *arguments: str) -> subprocess.Popen[str]:
+    own = {"TORCHINDUCTOR_CACHE_DIR": str(cache)}
+    return subprocess.Popen(
+        [sys.executable, "-P", "-X", "utf8", "-m", __name__, device.torch_name, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        errors="replace",
+        env=os.environ | own,
+        creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
+    )
+
+
+def _answer(child: subprocess.Popen[str]) -> str:
+    """The child's last line; "" where it failed, and why in the log."""
+    try:
+        out, err = child.communicate(timeout=CHILD_SECONDS)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the driver: leave it
+            child.communicate(timeout=5)
+        log.warning("Measuring the device took more than %d s.", CHILD_SECONDS)
+        return ""
+    if child.returncode:
+        last = " ".join(err.strip().splitlines()[-3:])
+        log.warning("Measuring the device ended with code %d: %s", child.returncode, last)
+        return ""
+    return (out.strip().splitlines() or [""])[-1]
+
+
+def _main(name: str, *arguments: str) -> None:
+    device = torch.device(name)
+    if arguments:
+        try_compiler(device)
+        sys.stdout.write("works\n")
+    else:
+        sys.stdout.write(speeds(device).to_json() + "\n")
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])
