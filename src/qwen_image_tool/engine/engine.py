@@ -85,8 +85,8 @@ class Engine:
         """Give the memory back."""
         if self._parts is not None:
             self._parts.close()
+            _forget_tables()
         self._parts = None
-        _forget_tables()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -336,9 +336,8 @@ def device_name(device: torch.device) -> str:
 def _forget_tables() -> None:
     """diffusers keeps the rotary tables of every model for good, on its device."""
     for each in gc.get_objects():
-        if isinstance(each, functools._lru_cache_wrapper) and each.__module__.startswith(
-            "diffusers.models"
-        ):
+        # Not isinstance: it asks objects that answer with a warning
+        if type(each) is functools._lru_cache_wrapper and each.__module__.startswith("diffusers."):
             each.cache_clear()
 
 
