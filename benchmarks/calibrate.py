@@ -76,9 +76,9 @@ def calibrate(folder: Path, layers: int) -> Costs:
             make(folder, name, layers)
     with said("seconds"):
         rates = Rates(**ask(kind="rates"))
+        how = {"kind": "seconds", "attention": rates.attention_backend}
         timed = {
-            name: ask(kind="seconds", folder=str(folder / name), side=TIMED_SIDE[name])
-            for name in FAMILIES
+            name: ask(**how, folder=str(folder / name), side=TIMED_SIDE[name]) for name in FAMILIES
         }
     with said("memory"):
         peaks = {name: memory(folder, name) for name in FAMILIES}
@@ -131,14 +131,18 @@ def memory(folder: Path, name: str) -> list[dict[str, Any]]:
         return list(pool.map(measure, MEMORY))
 
 
-def seconds(folder: str, side: int) -> dict[str, Any]:
+def seconds(folder: str, side: int, attention: str) -> dict[str, Any]:
     """The deeper model and the shallower one, then both compiled, in one process."""
+
+    def timed(place: str, compiled: bool) -> dict[str, Any]:
+        return run(place, side, 1, 1, compiled=compiled, attention=attention)
+
     shallow = f"{folder}-shallow"
     return {
-        "deep": run(folder, side, 1, 1),
-        "shallow": run(shallow, side, 1, 1),
-        "deep compiled": run(folder, side, 1, 1, compiled=True),
-        "shallow compiled": run(shallow, side, 1, 1, compiled=True),
+        "deep": timed(folder, compiled=False),
+        "shallow": timed(shallow, compiled=False),
+        "deep compiled": timed(folder, compiled=True),
+        "shallow compiled": timed(shallow, compiled=True),
     }
 
 
@@ -228,31 +232,12 @@ def point(kind: str, **given: Any) -> dict[str, Any]:
 
 
 def measured_rates() -> dict[str, Any]:
-    """FLOP/s of an MLP's first product and of attention, bytes/s of a copy: as Rates says."""
+    """What the program itself measures of a device: the planner goes from that to seconds."""
     import torch
-    from torch.nn import functional
 
-    def random(*shape: int) -> Any:
-        return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+    from qwen_image_tool.engine import measure
 
-    def took(work: Any, times: int = 50) -> float:
-        for count in (5, times):
-            torch.cuda.synchronize()
-            began = time.perf_counter()
-            for _ in range(count):
-                work()
-            torch.cuda.synchronize()
-        return (time.perf_counter() - began) / times
-
-    x, weight, states = random(4096, 3072), random(12288, 3072), random(3, 1, 24, 4283, 128)
-    source = torch.empty(128 << 20, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    attend = functional.scaled_dot_product_attention
-    return {
-        "matmul": 2 * 4096 * 3072 * 12288 / took(lambda: functional.linear(x, weight)),
-        "attention": 4 * 4283**2 * 3072 / took(lambda: attend(*states.unbind())),
-        "memory": 2 * source.nbytes / took(lambda: target.copy_(source)),
-    }
+    return measure.speeds(torch.device("cuda")).model_dump()
 
 
 def cpu_process(folder: str) -> dict[str, Any]:
@@ -275,7 +260,12 @@ def engine_modules(folder: Path) -> Any:
 
 
 def run(
-    folder: str, side: int, pictures: int, halves: int, compiled: bool = False
+    folder: str,
+    side: int,
+    pictures: int,
+    halves: int,
+    compiled: bool = False,
+    attention: str = "",
 ) -> dict[str, Any]:
     """A warm request with everything on the GPU: peaks of each phase beside what was there before
     it, in bytes; seconds of a step, and of decoding a picture."""
@@ -286,7 +276,7 @@ def run(
     before = used_bytes()
     engine_room, installed = engine_modules(Path(folder))
     request, plan = resident(installed, side, pictures, halves)
-    plan = plan.model_copy(update={"compiled": compiled})
+    plan = plan.model_copy(update={"compiled": compiled, "attention": attention})
     engine = engine_room.Engine(installed)
 
     def follow(steps: int, **how: Any) -> Phases:
