@@ -60,7 +60,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", choices=("qwen-image", "qwen-image-2.1"), default="qwen-image")
     parser.add_argument("--size", default="1328x1328")
     parser.add_argument("--caps", type=float, nargs="*", default=[4, 8, 12, 16, 24], help="GiB")
-    parser.add_argument("--modes", nargs="*", default=["exact"], help="exact, default")
+    parser.add_argument("--modes", nargs="*", default=["exact"], help="exact, compiled, default")
     parser.add_argument("--rivals", nargs="*", default=[])
     parser.add_argument("--rival-cap", type=float, default=16, help="GiB")
     parser.add_argument("--steps", type=int, default=4)
@@ -78,8 +78,8 @@ def parse() -> argparse.Namespace:
 
 
 def measure(options: argparse.Namespace) -> Any:
-    """One row after the other, the yardstick first."""
-    lines = [("reference", 0.0, "exact")]
+    """One row after the other, the yardstick before what is compared with it."""
+    lines = [("rates", 0.0, ""), ("reference", 0.0, "exact")]
     lines += [("ours", cap, mode) for mode in options.modes for cap in options.caps]
     lines += [(name, options.rival_cap, "exact") for name in options.rivals]
     for worker, cap, mode in lines:
@@ -153,17 +153,23 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
     from qwen_image_tool.engine.engine import Engine
     from qwen_image_tool.engine.probe import torch_facts
     from qwen_image_tool.store import locate
-    from qwen_image_tool.types import Stepped
+    from qwen_image_tool.types import PhaseStarted, Rates, Stepped
 
     installed = locate(str(options.folder), load_catalog(), Path())
-    here = hardware.probe(torch_facts()).within(None, int(options.cap * GIB) or None)
+    rates = Rates.from_json((options.scratch / "rates.json").read_bytes())
+    here = hardware.probe(torch_facts()).with_rates(rates)
+    here = here.within(None, int(options.cap * GIB) or None)
     request = request_for(options, installed, PROMPT)
     plan = plan_for(options, request, installed, here)
+    predicted = predict(request, installed, here, plan)
     steps: list[float] = []
     first: list[float] = []
     cells: list[Any] = []
+    peaks = Peaks()
 
     def emit(event: Any) -> None:
+        if isinstance(event, PhaseStarted):
+            peaks.turn(event.phase)
         if isinstance(event, Stepped):
             steps.append(event.seconds)
             first.append(time.time() - began)
@@ -176,12 +182,17 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
 
     vae.decode = keep  # type: ignore[assignment]
     cache = options.scratch / f"cache-{options.cap}-{options.mode}"
+    cache.mkdir()
+    (options.scratch / "compiled").mkdir(exist_ok=True)
+    (cache / "compiled").symlink_to(options.scratch / "compiled")  # one for all lines
     engine = Engine(installed, cache)
     runs = []
     for prompt in (PROMPT, OTHER, PROMPT):
         asked = request.model_copy(update={"prompt": prompt})
         runs.append(engine.run(asked, [plan], emit, lambda: False))
-    same = torch.equal(cells[0], torch.load(options.scratch / "latents.pt"))
+    peaks.turn("")
+    theirs = torch.load(options.scratch / "latents.pt")
+    same = torch.equal(cells[0], theirs)
     levels = np.abs(
         np.asarray(runs[0].images[0]).astype(int) - np.load(options.scratch / "image.npy")
     )
@@ -194,18 +205,79 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
         "seconds": [run.seconds for run in runs],
         "start_to_first_step": first[0],
         "equal_latents": same,
+        "relative": float((cells[0].float() - theirs.float()).norm() / theirs.float().norm()),
+        "strips": plan.strips,
         "repeats": torch.equal(cells[0], cells[2]),
         "equal_embeddings": same_embeddings(cache, options.scratch),
         "levels": int(levels.max()),
         "pixels_that_differ": float((levels > 0).mean()),
-        "peak_reserved_gib": torch.cuda.max_memory_reserved() / GIB,
-        "peak_allocated_gib": torch.cuda.max_memory_allocated() / GIB,
+        "peak_reserved_gib": peaks.reserved / GIB,
+        "peak_allocated_gib": {name: size / GIB for name, size in peaks.allocated.items()},
+        "context_gib": peaks.context / GIB,
         "peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB,
-        "bytes_per_step": (plan.placement.blocks - plan.placement.resident)
-        * installed.blocks.bytes,
+        "bytes_per_step": plan.bytes_per_step,
         "text_bytes": installed.text_layers.count * installed.text_layers.bytes,
-        "predicted": [need.model_dump() for need in plan.phases],
+        "predicted": predicted,
     }
+
+
+class Peaks:
+    """GPU memory at its peak: in each phase what tensors took, over all what torch reserved, and
+    what the process takes beside it."""
+
+    def __init__(self) -> None:
+        self.allocated: dict[str, int] = {}
+        self.reserved = 0
+        self.context = 0
+        self._phase = ""
+
+    def turn(self, phase: str) -> None:
+        """Another phase begins."""
+        import torch
+
+        if self._phase:
+            peak = torch.cuda.max_memory_allocated()
+            self.allocated[self._phase] = max(peak, self.allocated.get(self._phase, 0))
+        self.reserved = max(self.reserved, torch.cuda.max_memory_reserved())
+        free, total = torch.cuda.mem_get_info()
+        self.context = total - free - torch.cuda.memory_reserved()
+        torch.cuda.reset_peak_memory_stats()
+        self._phase = phase
+
+
+def predict(request: Any, installed: Any, here: Any, plan: Any) -> dict[str, Any]:
+    """What the planner says of the plan as it is run, context included."""
+    from qwen_image_tool.needs import Needs, Way
+
+    way = Way(
+        plan.device,
+        plan.dtype,
+        plan.placement,
+        plan.text_placement,
+        plan.strips,
+        plan.compiled,
+        plan.attention,
+    )
+    needs = Needs(request, installed, here)
+    phases = {need.phase: need for need in needs.phases(way)}
+    return {
+        "step_seconds": needs.step_seconds(way),
+        "decode_seconds": phases["decode"].seconds,
+        "vram_gib": {name: need.vram_bytes / GIB for name, need in phases.items()},
+        "ram_gib": max(need.ram_bytes for need in phases.values()) / GIB,
+    }
+
+
+def rates(options: argparse.Namespace) -> dict[str, Any]:
+    """What the device is measured to do; kept for the others."""
+    from qwen_image_tool import device as hardware
+    from qwen_image_tool.engine.measure import measure
+    from qwen_image_tool.engine.probe import torch_facts
+
+    began = time.perf_counter()
+    found = measure(hardware.probe(torch_facts()), options.scratch / "compiled")
+    (options.scratch / "rates.json").write_text(found.to_json(), encoding="utf-8")
+    return {"rates": found.model_dump(), "seconds": time.perf_counter() - began}
 
 
 def rival(options: argparse.Namespace, place: Callable[[Any], None]) -> dict[str, Any]:
@@ -275,6 +347,7 @@ def cache_dit(options: argparse.Namespace) -> dict[str, Any]:
 
 
 WORKERS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "rates": rates,
     "reference": reference,
     "ours": ours,
     "group": group,
@@ -298,19 +371,22 @@ def request_for(options: argparse.Namespace, installed: Any, prompt: str) -> Any
             cfg=cfg,
             size=Size.parse(options.size),
             steps=options.steps,
-            mode=options.mode,
+            mode="exact" if options.mode == "exact" else "default",
         ),
         SEED,
     )
 
 
 def plan_for(options: argparse.Namespace, request: Any, installed: Any, here: Any) -> Any:
-    """The planner's, with the placements that were given in place of its own."""
+    """The planner's, with what was given in place of its own; `compiled` also where the few steps
+    of a benchmark don't pay for it."""
     from qwen_image_tool import planner
     from qwen_image_tool.types import Placement
 
     plan = planner.plan(request, installed, here)
-    changes: dict[str, Any] = {"vram_limit_bytes": int(options.cap * GIB)}
+    changes: dict[str, Any] = {}
+    if options.mode == "compiled":
+        changes = {"compiled": True, "attention": here.rates.attention_backend}
     for name in ("placement", "text_placement"):
         if getattr(options, name):
             resident, slots, source = getattr(options, name).split(",")
@@ -492,50 +568,69 @@ def about(options: argparse.Namespace) -> dict[str, Any]:
 COLUMNS = (
     "cap GiB",
     "s a step",
+    "predicted",
     "of resident speed",
     "equal latents",
     "levels (pixels that differ)",
     "peak reserved GiB",
+    "with context",
+    "predicted",
     "GB a step",
     "resident",
+    "strips",
+    "peak RAM GiB",
+    "predicted",
     "first step s",
     "new prompts s",
+    "known ms",
 )
 
 
 def table(report: dict[str, Any]) -> str:
     made = report["about"]
-    rows = report["rows"]
+    rows = [row for row in report["rows"] if row["line"] != "rates"]
     plain = statistics.median(rows[0]["step_seconds"])
     versions = ", ".join(f"{k} {v}" for k, v in made["versions"].items())
+    bus_rate = f"bus {rows[0]['bus_gb_s']:.1f} GB/s"
     lines = [
-        f"`{made['command']}`, {made['date']}: {made['gpu']}, {versions}.",
+        f"`{made['command']}`, {made['date']}: {made['gpu']}, {versions}; {bus_rate}.",
         "",
         f"| | {' | '.join(COLUMNS)} |",
         "|---" * (len(COLUMNS) + 1) + "|",
     ]
     for row in rows:
-        name = f"{row['line']}, {row['mode']}"
-        if "error" in row:
-            lines.append(f"| {name} | {row['cap_gib']:g} | {row['error']} |" + " |" * 8)
-            continue
-        step = statistics.median(row["step_seconds"])
-        cells = [name, f"{row['cap_gib']:g}", f"{step:.4f}", f"{plain / step:.3f}"]
-        if row["line"] == "ours":
-            cells += [
-                "yes" if row["equal_latents"] else "no",
-                f"{row['levels']} ({row['pixels_that_differ']:.2%})",
-                f"{row['peak_reserved_gib']:.2f}",
-                f"{row['bytes_per_step'] / 1e9:.1f}",
-                f"{row['placement']['resident']} of {row['placement']['blocks']}",
-                f"{row['start_to_first_step']:.1f}",
-                f"{row['seconds'][1]['encode']:.2f}",
-            ]
-        else:
-            peak = row.get("peak_reserved_gib", row.get("peak_allocated_gib", 0))
-            cells += ["", "", f"{peak:.2f}", "", "", "", ""]
-        lines.append(f"| {' | '.join(cells)} |")
+        name = row["line"] if row["line"] != "ours" else f"ours, {row['mode']}"
+        cells = [name, f"{row['cap_gib']:g}", *(cells_of(row, plain))]
+        lines.append(f"| {' | '.join(cells + [''] * (len(COLUMNS) + 1 - len(cells)))} |")
     return "\n".join(lines)
+
+
+def cells_of(row: dict[str, Any], plain: float) -> list[str]:
+    if "error" in row:
+        return [row["error"]]
+    step = statistics.median(row["step_seconds"])
+    if row["line"] != "ours":
+        peak = row.get("peak_reserved_gib", row.get("peak_allocated_gib", 0))
+        return [f"{step:.4f}", "", f"{plain / step:.3f}", "", "", f"{peak:.2f}"]
+    predicted = row["predicted"]
+    return [
+        f"{step:.4f}",
+        f"{predicted['step_seconds'] or 0:.4f}",
+        f"{plain / step:.3f}",
+        "yes" if row["equal_latents"] else f"no ({row['relative']:.1e})",
+        f"{row['levels']} ({row['pixels_that_differ']:.2%})",
+        f"{row['peak_reserved_gib']:.2f}",
+        f"{row['peak_reserved_gib'] + row['context_gib']:.2f}",
+        f"{max(predicted['vram_gib'].values()):.2f}",
+        f"{row['bytes_per_step'] / 1e9:.1f}",
+        f"{row['placement']['resident']} of {row['placement']['blocks']}",
+        f"{row['strips']}",
+        f"{row['peak_rss_gib']:.1f}",
+        f"{predicted['ram_gib']:.1f}",
+        f"{row['start_to_first_step']:.1f}",
+        f"{row['seconds'][1]['encode']:.3f}",
+        f"{row['seconds'][2]['encode'] * 1000:.1f}",
+    ]
 
 
 def write_section(file: Path, name: str, text: str) -> None:
