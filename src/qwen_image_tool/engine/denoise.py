@@ -88,31 +88,37 @@ class Pace:
 
     def __init__(self, device: torch.device, stepped: Callable[[int, float], None]) -> None:
         self._device, self._stepped = device, stepped
-        self._began = time.perf_counter()
         self._told = 0
-        self._ahead: torch.cuda.Event | None = None
+        self._marks: list[Any] = [self._mark()]
 
     def step(self) -> None:
         """A step has been launched."""
-        if self._device.type == "cuda":
-            before, self._ahead = self._ahead, torch.cuda.Event()
-            self._ahead.record()
-            if before:
-                before.synchronize()
-                self._tell()
-            return
-        if self._device.type != "cpu":
-            torch.accelerator.synchronize()
-        self._tell()
+        self._marks.append(self._mark())
+        ahead = 1 if self._device.type == "cuda" else 0
+        if len(self._marks) > 1 + ahead:
+            self._tell()
 
     def finish(self) -> None:
         """All steps have been launched."""
-        if self._ahead:
-            self._ahead.synchronize()
+        while len(self._marks) > 1:
             self._tell()
 
+    def _mark(self) -> Any:
+        """A time on the device's own clock, or what the host's says when the device is done."""
+        if self._device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            return event
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize()
+        return time.perf_counter()
+
     def _tell(self) -> None:
-        now = time.perf_counter()
-        seconds, self._began = now - self._began, now
+        began, ended = self._marks.pop(0), self._marks[0]
+        if self._device.type == "cuda":
+            ended.synchronize()
+            seconds = began.elapsed_time(ended) / 1000
+        else:
+            seconds = ended - began
         self._told += 1
         self._stepped(self._told, seconds)

@@ -1,5 +1,6 @@
 """What torch can use on this machine: `python -m qwen_image_tool.engine.probe` prints it."""
 
+import os
 import platform
 import sys
 import warnings
@@ -13,6 +14,8 @@ def torch_facts() -> TorchFacts:
 
     The first call on a GPU starts it, which takes about a second and some of its memory.
     """
+    if sys.platform == "linux":  # torch has it on no other system; it leaves no holes in the memory
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
         import torch
     except ModuleNotFoundError as error:

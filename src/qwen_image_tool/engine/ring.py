@@ -133,17 +133,33 @@ class Background:
         self._pool.shutdown(cancel_futures=True)
 
 
-class PlainCopies(Background):
-    """A Transfer to a device without streams of ours (Apple, Intel): a thread fills host memory,
-    and the computation copies it when it gets there."""
+class PlainCopies:
+    """A Transfer to a device without streams of ours (Apple, Intel; not verified on either): a
+    thread fills a buffer in host memory and copies it to the slot."""
 
     def __init__(self, fill: Fill, slots: Sequence[torch.Tensor]) -> None:
-        super().__init__(fill, [torch.empty_like(slot, device="cpu") for slot in slots])
-        self._targets = slots
+        self._fill, self._slots = fill, slots
+        self._buffer = torch.empty_like(slots[0], device="cpu")
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="ring")
+        self._filled: dict[int, Future[object]] = {}
+
+    def start(self, block: int, slot: int) -> None:
+        self._filled[slot] = self._pool.submit(self._send, block, slot)
+
+    @torch.inference_mode()  # a thread's own state
+    def _send(self, block: int, slot: int) -> None:
+        self._fill(block, self._buffer)
+        self._slots[slot].copy_(self._buffer)
 
     def wait(self, slot: int) -> None:
-        super().wait(slot)
-        self._targets[slot].copy_(self._slots[slot])
+        self._filled[slot].result()
+
+    def release(self, slot: int) -> None:
+        """The next fill of the slot may start: what is computed there has to be done."""
+        torch.accelerator.synchronize()
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
 
 
 class PinnedCopies:
