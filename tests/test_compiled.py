@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.utils import counters
 
 import tiny
-from qwen_image_tool.engine import compiled, families
+from qwen_image_tool.engine import attention, compiled, families
 from qwen_image_tool.engine.weights import Reader
 from qwen_image_tool.types import Placement
 
@@ -93,13 +93,30 @@ def graphs() -> int:
 @pytest.mark.parametrize("placement", [RESIDENT, STREAMED], ids=["resident", "streamed"])
 def test_one_graph_serves_all(model: Any, placement: Placement, tmp_path: Path) -> None:
     eager, fast = Model(model, placement), Model(model, placement)
+    before = eager.run(SHAPES[0])
     fast.compile(tmp_path, fails)
     for shape in SHAPES:
         error = fast.run(shape).float() - eager.run(shape).float()
         assert error.norm() < 0.01 * eager.run(shape).float().norm()
         assert graphs() == 1
+    assert torch.equal(eager.run(SHAPES[0]), before), "what is not compiled keeps its bits"
     eager.transformer.close()
     fast.transformer.close()
+
+
+@pytest.mark.parametrize("backend", ["_native_math", "_native_flash"])
+def test_attention_by_another_backend_is_in_the_graph(
+    model: Any, backend: str, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    eager, fast = Model(model), Model(model)
+    expected = eager.run(SHAPES[0]).float()
+    attention.use(fast.transformer.blocks, backend)
+    fast.compile(tmp_path, said.append, "eager")
+    error = (fast.run(SHAPES[0]).float() - expected).norm() / expected.norm()
+    assert error < 0.02
+    assert graphs() == 1
+    assert not said
 
 
 @pytest.mark.parametrize("placement", [RESIDENT, STREAMED, SLOTS], ids=["all", "some", "none"])
