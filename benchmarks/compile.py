@@ -161,11 +161,21 @@ def worker(options: argparse.Namespace) -> dict[str, Any]:
         if kind == "cold":
             found |= streamed(options, model, grid, got, failures)
             found["graphs_in_all"] = counters["stats"]["unique_graphs"]
+    found |= helpers()
     found["disk_cache"] = {name: counters["aot_autograd"][name] for name in CACHE_COUNTERS}
     found["failures"] = failures
     if options.device == "cuda":
         found["peak_allocated_gib"] = torch.cuda.max_memory_allocated() / GIB
     return found
+
+
+def helpers() -> dict[str, Any]:
+    """The processes that the compiler has started, and the memory that is theirs alone."""
+    import psutil
+
+    children = psutil.Process().children(recursive=True)
+    mib = sum(child.memory_full_info().uss for child in children) >> 20
+    return {"compiler_processes": len(children), "compiler_mib": mib}
 
 
 CACHE_COUNTERS = ("autograd_cache_hit", "autograd_cache_miss", "autograd_cache_saved")

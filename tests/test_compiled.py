@@ -9,13 +9,14 @@ import torch
 from torch._dynamo.utils import counters
 
 import tiny
-from qwen_image_tool.engine import compiled, families
+from qwen_image_tool.engine import attention, compiled, families
 from qwen_image_tool.engine.weights import Reader
 from qwen_image_tool.types import Placement
 
 STEPS, BLOCKS = 3, 4
 RESIDENT = Placement(blocks=BLOCKS, resident=BLOCKS)
 STREAMED = Placement(blocks=BLOCKS, resident=1, slots=2, source="disk")
+SLOTS = Placement(blocks=BLOCKS, resident=0, slots=3, source="disk")
 # Grid of tokens, tokens of each prompt, pictures
 SHAPES = [((4, 6), (31, 9), 1), ((4, 6), (12, 40), 2), ((6, 6), (20, 7), 1), ((2, 4), (5,), 3)]
 
@@ -59,8 +60,11 @@ class Model:
         )
 
     @torch.inference_mode()
-    def run(self, shape: Any) -> torch.Tensor:
-        """The predicted velocities of all steps."""
+    def rehearse(self, shape: Any) -> None:
+        forward, latents, conditions = self.prepare(shape)
+        forward.rehearse(latents, conditions)
+
+    def prepare(self, shape: Any) -> tuple[Any, torch.Tensor, list[Any]]:
         grid, lengths, pictures = shape
         draw = torch.Generator().manual_seed(0)
         timesteps = torch.tensor([1000.0, 700.0, 300.0])
@@ -68,6 +72,12 @@ class Model:
         prompts = [torch.randn(1, n, 32, generator=draw).bfloat16() for n in lengths]
         conditions = [forward.condition(prompt) for prompt in prompts]
         latents = torch.randn(pictures, grid[0] * grid[1], 64, generator=draw).bfloat16()
+        return forward, latents, conditions
+
+    @torch.inference_mode()
+    def run(self, shape: Any) -> torch.Tensor:
+        """The predicted velocities of all steps."""
+        forward, latents, conditions = self.prepare(shape)
         steps = [forward(latents, step, conditions) for step in range(STEPS)]
         return torch.cat([velocity for step in steps for each in step for velocity in each], 1)
 
@@ -83,13 +93,44 @@ def graphs() -> int:
 @pytest.mark.parametrize("placement", [RESIDENT, STREAMED], ids=["resident", "streamed"])
 def test_one_graph_serves_all(model: Any, placement: Placement, tmp_path: Path) -> None:
     eager, fast = Model(model, placement), Model(model, placement)
+    before = eager.run(SHAPES[0])
     fast.compile(tmp_path, fails)
     for shape in SHAPES:
         error = fast.run(shape).float() - eager.run(shape).float()
         assert error.norm() < 0.01 * eager.run(shape).float().norm()
         assert graphs() == 1
+    assert torch.equal(eager.run(SHAPES[0]), before), "what is not compiled keeps its bits"
     eager.transformer.close()
     fast.transformer.close()
+
+
+@pytest.mark.parametrize("backend", ["_native_math", "_native_flash"])
+def test_attention_by_another_backend_is_in_the_graph(
+    model: Any, backend: str, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    eager, fast = Model(model), Model(model)
+    expected = eager.run(SHAPES[0]).float()
+    attention.use(fast.transformer.blocks, backend)
+    fast.compile(tmp_path, said.append, "eager")
+    error = (fast.run(SHAPES[0]).float() - expected).norm() / expected.norm()
+    assert error < 0.02
+    assert graphs() == 1
+    assert not said
+
+
+@pytest.mark.parametrize("placement", [RESIDENT, STREAMED, SLOTS], ids=["all", "some", "none"])
+def test_a_rehearsal_leaves_nothing_to_compile(
+    model: Any, placement: Placement, tmp_path: Path
+) -> None:
+    eager, fast = Model(model, placement), Model(model, placement)
+    fast.compile(tmp_path, fails, "eager")
+    fast.rehearse(SHAPES[0])
+    assert graphs() == 1
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert torch.equal(fast.run(SHAPES[1]), eager.run(SHAPES[1]))
+    for each in (eager, fast):
+        each.transformer.close()
 
 
 def test_a_second_model_of_a_family_finds_the_graph(model: Any, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The engine as a whole, on a tiny model: what is said on the way, cancelling, the next plan."""
 
+import functools
 import gc
 import threading
 from pathlib import Path
@@ -8,12 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._subclasses import FakeTensor
 
 import tiny
 from qwen_image_tool.catalog import load_catalog
+from qwen_image_tool.engine import compiled
 from qwen_image_tool.engine import denoise as denoising
 from qwen_image_tool.engine.engine import Engine, Run
-from qwen_image_tool.errors import Cancelled, OutOfMemory
+from qwen_image_tool.errors import BrokenPicture, Cancelled, OutOfMemory
 from qwen_image_tool.store import locate
 from qwen_image_tool.types import (
     Event,
@@ -66,7 +69,11 @@ def live() -> tuple[int, int]:
     gc.collect()
     storages = {}
     for each in gc.get_objects():
-        if issubclass(type(each), torch.Tensor) and not each.is_meta:
+        if (
+            issubclass(type(each), torch.Tensor)
+            and not each.is_meta
+            and type(each) is not FakeTensor
+        ):
             storages[each.untyped_storage().data_ptr()] = each.untyped_storage().nbytes()
     return sum(storages.values()), threading.active_count()
 
@@ -148,3 +155,65 @@ def test_the_last_plan_s_failure_is_the_error(
     with pytest.raises(OutOfMemory, match="memory ran out"):
         draw(engine, [plan(), plan(compiled=True)], [])
     engine.release()
+
+
+def pixels(run: Run) -> list[Any]:
+    return [np.asarray(image) for image in run.images]
+
+
+def test_what_is_no_picture_is_answered_by_the_next_plan(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(locate(str(folder), load_catalog(), Path()))
+    expected = draw(engine, [plan()], [])
+    plain = denoising.denoise
+    changes = iter([torch.nan, torch.inf, 1, torch.nan])
+    monkeypatch.setattr(
+        "qwen_image_tool.engine.engine.denoise", lambda *given: plain(*given) * next(changes)
+    )
+    events: list[Event] = []
+    plans = [plan(compiled=False, attention=name) for name in ("native", "_native_math", "")]
+    run = draw(engine, plans, events)
+    assert run.plan == plans[2]
+    notices = [event.text for event in events if isinstance(event, Notice)]
+    assert len(notices) == 2
+    assert all("left their range" in text for text in notices)
+    assert all(map(np.array_equal, pixels(run), pixels(expected)))
+    with pytest.raises(BrokenPicture, match="--mode exact"):
+        draw(engine, plans[2:], [])
+    engine.release()
+
+
+def test_blocks_that_do_not_compile_draw_uncompiled(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(locate(str(folder), load_catalog(), Path()))
+    expected = draw(engine, [plan()], [])
+    compile_blocks = functools.partial(compiled.compile_blocks, backend="no such compiler")
+    monkeypatch.setattr(compiled, "compile_blocks", compile_blocks)
+    events: list[Event] = []
+    run = draw(engine, [plan(compiled=True)], events)
+    [notice] = [event.text for event in events if isinstance(event, Notice)]
+    assert "runs uncompiled" in notice
+    assert all(map(np.array_equal, pixels(run), pixels(expected)))
+    engine.release()
+
+
+def test_compiled_blocks_give_their_memory_back(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(locate(str(folder), load_catalog(), Path()))
+    expected = draw(engine, [plan()], [])
+    engine.release()
+    compile_blocks = functools.partial(compiled.compile_blocks, backend="eager")
+    monkeypatch.setattr(compiled, "compile_blocks", compile_blocks)
+    draw(engine, [plan(compiled=True)], [])  # after it, what the compiler keeps for good is there
+    engine.release()
+    before = live()[0]
+    events: list[Event] = []
+    run = draw(engine, [plan(compiled=True)], events)
+    assert not [event for event in events if isinstance(event, Notice)]
+    assert run.compile_seconds > 0
+    assert all(map(np.array_equal, pixels(run), pixels(expected)))
+    engine.release()
+    assert live()[0] == before

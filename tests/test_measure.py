@@ -102,14 +102,43 @@ def test_the_child_answers(tmp_path: Path) -> None:
 # Attention
 
 
-def test_a_backend_must_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("change", [0.99, torch.nan])
+def test_a_backend_must_agree(change: float, monkeypatch: pytest.MonkeyPatch) -> None:
     states = torch.randn(3, 1, 65, 2, 16, generator=torch.Generator().manual_seed(0)).unbind()
-    own = attention.attend("", *states)
-    assert measure._agrees("_native_math", states, own)
+    assert attention.agrees("_native_math", states)
     real = attention.attend
-    for change in (0.99, torch.nan):
-        monkeypatch.setattr(attention, "attend", lambda *a, by=change: real(*a) * by)
-        assert not measure._agrees("_native_math", states, own)
+    monkeypatch.setattr(
+        attention, "attend", lambda name, *a: real(name, *a) * (change if name else 1)
+    )
+    assert not attention.agrees("_native_math", states)
+
+
+def test_the_fastest_that_agrees_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention by backends of invented speeds: one is not there, one gives something else."""
+    speed = {"": 1.0, "_native_cudnn": 1.02, "_native_flash": 1.3, "flash": 9.0, "_flash_3": 9.0}
+
+    def attend(backend: str, *states: torch.Tensor) -> torch.Tensor:
+        if backend == "_flash_3":
+            raise TypeError("'NoneType' object is not callable")
+        return states[0] * (2 if backend == "flash" else 1)
+
+    def attention_of(_clock: object, backend: str) -> float:
+        if not attention.agrees(backend, torch.ones(3, 1, 4, 1, 2).unbind()):
+            raise ValueError("it gives something else")
+        return speed[backend]
+
+    monkeypatch.setattr(attention, "attend", attend)
+    monkeypatch.setattr(measure, "_attention", attention_of)
+    for name in ("_matmul", "_memory", "_bus", "_staging"):
+        monkeypatch.setattr(measure, name, refuse)
+    found = measure.speeds(torch.device("cuda"))
+    assert found == Rates(attention=1.3, attention_backend="_native_flash")
+    speed["_native_flash"] = 1.01
+    assert measure.speeds(torch.device("cuda")) == Rates(attention=1.0), "a lead of 2 % is noise"
+
+
+def refuse(_clock: object) -> float:
+    raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
 def test_a_backend_is_set_for_these_blocks_alone() -> None:

@@ -23,6 +23,15 @@ def attend(
     return result
 
 
+def agrees(backend: str, states: tuple[torch.Tensor, ...]) -> bool:
+    """Whether attention of `states` (queries, keys, values) by `backend` is within two roundings of
+    bfloat16 of torch's, and the same each time. Raises what `attend` does."""
+    own = attend("", *states).float()
+    first, second = attend(backend, *states), attend(backend, *states)
+    error = (first.float() - own).norm() / own.norm()
+    return bool(torch.equal(first, second) and error < 2 * 2**-8)
+
+
 def use(blocks: Iterable[nn.Module], backend: str) -> None:
     """Let the attention of `blocks` be computed by `backend`; "" leaves it to torch.
 

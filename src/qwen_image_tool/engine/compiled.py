@@ -13,6 +13,7 @@ import functools
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,7 +37,7 @@ def compile_blocks(
     cache: Path | None,
     on_failure: Callable[[str], None],
     backend: str = "inductor",
-) -> None:
+) -> "Compiled":
     """Let every call of `blocks`, all of one class, go through one compiled function.
 
     What was compiled is kept in the folder `cache`, so that the next process need not; None leaves
@@ -48,13 +49,15 @@ def compile_blocks(
     blocks = list(blocks)
     kind = type(blocks[0])
     _turn_in_real_numbers(kind)
-    run = _Compiled(kind, lengths, on_failure, backend)
+    run = Compiled(kind, lengths, on_failure, backend)
     for block in blocks:
         block.forward = functools.partial(run, block)
+    return run
 
 
-class _Compiled:
-    """The forward of block class `kind`, compiled at its first call."""
+class Compiled:
+    """The forward of block class `kind`, compiled at its first call; `seconds` is what that took,
+    0 until then."""
 
     def __init__(
         self,
@@ -67,6 +70,7 @@ class _Compiled:
         self._lengths, self._on_failure = lengths, on_failure
         self._works = True
         self._fast: Any = None
+        self.seconds = 0.0
 
     def __call__(self, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not self._works or self._lengths(*args, **kwargs) is None:
@@ -80,11 +84,17 @@ class _Compiled:
         return self._eager(block, *args, **kwargs)
 
     def _run(self, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if self._fast is None:  # torch refuses at once where it has no compiler for this Python
-            self._fast = torch.compile(self._eager, fullgraph=True, backend=self._backend)
         for tensor, axis in self._lengths(*args, **kwargs) or ():
             torch._dynamo.maybe_mark_dynamic(tensor, axis)
-        return self._fast(block, *args, **kwargs)
+        if self._fast:
+            return self._fast(block, *args, **kwargs)
+        started = time.perf_counter()
+        # Not before: torch refuses at once where it has no compiler for this Python
+        self._fast = torch.compile(self._eager, fullgraph=True, backend=self._backend)
+        result = self._fast(block, *args, **kwargs)
+        self.seconds = time.perf_counter() - started
+        log.info("Blocks compiled in %.1f s.", self.seconds)
+        return result
 
     def _give_up(self, error: Exception) -> None:
         self._works = False

@@ -11,6 +11,10 @@ import torch
 class Forward(Protocol):
     """One pass of a transformer through its schedule; each family has its own."""
 
+    def rehearse(self, latents: torch.Tensor, conditions: list[Any]) -> None:
+        """Run one block, whatever its weights are by now, so that it is compiled by the first step.
+        Before the first walk."""
+
     def __call__(
         self, latents: torch.Tensor, step: int, conditions: list[Any]
     ) -> list[list[torch.Tensor]]:

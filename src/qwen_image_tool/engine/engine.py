@@ -116,14 +116,17 @@ class Engine:
                 )
                 forward = family.Forward(parts.transformer, timesteps, grid, reader)
                 conditions = [forward.condition(embedding) for embedding in embeddings]
+                cells = noise(request.seeds, parts.cell_shape(grid), parts.dtype)
+                latents = family.pack(cells).to(parts.device)
+                if plan.compiled and not parts.transformer.loading.done():
+                    forward.rehearse(latents, conditions)
                 watch.wait(parts.transformer.loading, reader)
 
             # 4. From noise to latents
             with watch.phase("denoise"):
-                cells = noise(request.seeds, parts.cell_shape(grid), parts.dtype)
                 latents = denoise(
                     forward,
-                    family.pack(cells).to(parts.device),
+                    latents,
                     parts.scheduler,
                     timesteps,
                     conditions,
@@ -142,7 +145,8 @@ class Engine:
                 images = [vae.crop_centre(image, request.size) for image in drawn]
                 for image in images if plan.mode != "exact" else ():
                     check_image(image)
-        return Run(images, plan, watch.seconds)
+        compile_seconds = parts.compiled.seconds if parts.compiled else 0
+        return Run(images, plan, watch.seconds, compile_seconds)
 
     def _load(self, plan: Plan, reader: weights.Reader) -> "_Parts":
         if self._parts is None or not plan.loads_like(self._parts.plan):
@@ -164,12 +168,13 @@ class Engine:
 
 @dataclass(frozen=True)
 class Run:
-    """The pictures of a request in the order of its seeds, the plan that made them, and the seconds
-    of each phase."""
+    """The pictures of a request in the order of its seeds, the plan that made them, the seconds of
+    each phase, and those that compiling took in this run or an earlier one."""
 
     images: list[Image.Image]
     plan: Plan
     seconds: dict[PhaseName, float]
+    compile_seconds: float = 0
 
 
 class _Parts:
@@ -189,6 +194,7 @@ class _Parts:
         self._cache, self._family_name = cache, installed.model.family
         self._text_folder = folder / "text_encoder"
         self._text_encoder: text.TextEncoder | None = None
+        self.compiled: compiled.Compiled | None = None
         logs.adopt_libraries()
         # Their progress bars would stand beside ours
         transformers_logging.disable_progress_bar()
@@ -230,7 +236,7 @@ class _Parts:
         attention.use(blocks, self.plan.attention)
         if self.plan.compiled:
             cache = self._cache and self._cache / "compiled"
-            compiled.compile_blocks(blocks, self.family.lengths, cache, on_failure)
+            self.compiled = compiled.compile_blocks(blocks, self.family.lengths, cache, on_failure)
 
     @property
     def is_loaded(self) -> bool:

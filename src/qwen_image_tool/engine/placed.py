@@ -5,6 +5,7 @@ import logging
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -80,6 +81,18 @@ class Blocks:
         if self._ring is None:
             self._ring = self._make_ring()
         return self._ring.walk()
+
+    @contextmanager
+    def any(self) -> Iterator[nn.Module]:
+        """A block on the device, before the first walk; its weights may still be on their way."""
+        if self._residents:
+            yield self._modules[self._residents[0]]
+            return
+        self._layout.attach(self._slots[0], self._device_memory())
+        try:
+            yield self._slots[0]
+        finally:
+            self._slots[0].to("meta")
 
     def rest(self) -> None:
         """Give the memory of the slots back until the next walk."""

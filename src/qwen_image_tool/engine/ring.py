@@ -154,8 +154,8 @@ class PlainCopies:
     def wait(self, slot: int) -> None:
         self._filled[slot].result()
 
-    def release(self, slot: int) -> None:
-        """The next fill of the slot may start: what is computed there has to be done."""
+    def release(self, _slot: int) -> None:
+        """The next fill of a slot may start: what is computed there has to be done."""
         torch.accelerator.synchronize()
 
     def close(self) -> None:

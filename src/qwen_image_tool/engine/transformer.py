@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,10 @@ class Transformer:
     def walk(self) -> Iterator[tuple[int, nn.Module]]:
         """Every block in order, ready to run."""
         return self._blocks.walk()
+
+    def any_block(self) -> AbstractContextManager[nn.Module]:
+        """A block on the device, before the first walk; its weights may still be on their way."""
+        return self._blocks.any()
 
     def rest(self) -> None:
         """Give the memory of the slots back until the next walk."""

@@ -142,6 +142,13 @@ class Forward:
         )
         return Condition(text, rotary)
 
+    def rehearse(self, latents: torch.Tensor, conditions: list[Condition]) -> None:
+        """See denoise.Forward."""
+        image, c = self._transformer.model.img_in(latents[:1]), conditions[0]
+        with self._transformer.any_block() as block:
+            self._table.set(block, 0, 0)
+            block(image, c.text, None, self._tembs[0], c.rotary)
+
     def __call__(
         self, latents: torch.Tensor, step: int, conditions: list[Condition]
     ) -> list[list[torch.Tensor]]:

@@ -162,6 +162,14 @@ class Forward:
         memory = text.new_empty(config.num_layers, 2, 1, length, *heads)
         return Condition(text, rotary, is_image, [PrefixCache(block) for block in memory])
 
+    def rehearse(self, latents: torch.Tensor, conditions: list[Condition]) -> None:
+        """See denoise.Forward. The first step is not compiled."""
+        if len(self._tembs) == 1:
+            return
+        image, c = self._transformer.model.img_in(latents[:1]), conditions[0]
+        with self._transformer.any_block() as block:
+            block(image, layer_cache=c.caches[0], **self._seen(c, 1))
+
     def __call__(
         self, latents: torch.Tensor, step: int, conditions: list[Condition]
     ) -> list[list[torch.Tensor]]:
