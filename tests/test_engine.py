@@ -217,3 +217,25 @@ def test_compiled_blocks_give_their_memory_back(
     assert all(map(np.array_equal, pixels(run), pixels(expected)))
     engine.release()
     assert live()[0] == before
+
+
+def test_attention_that_fails_is_answered_by_the_next_plan(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(locate(str(folder), load_catalog(), Path()))
+    plain = denoising.denoise
+    tried: list[int] = []
+
+    def denoise(*given: Any) -> torch.Tensor:
+        tried.append(1)
+        if len(tried) == 1:
+            raise RuntimeError("No available kernel.\nAborting execution.")
+        return plain(*given)
+
+    monkeypatch.setattr("qwen_image_tool.engine.engine.denoise", denoise)
+    events: list[Event] = []
+    run = draw(engine, [plan(attention="_native_flash"), plan()], events)
+    assert not run.plan.attention
+    [notice] = [event.text for event in events if isinstance(event, Notice)]
+    assert notice.startswith("Attention by _native_flash does not work here. No available kernel.")
+    engine.release()

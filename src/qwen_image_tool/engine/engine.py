@@ -24,7 +24,7 @@ from PIL import Image
 from qwen_image_tool import logs
 from qwen_image_tool.engine import attention, compiled, families, text, vae, weights
 from qwen_image_tool.engine.cache import TensorCache, checkpoint_identity
-from qwen_image_tool.engine.checks import check_image, check_latents
+from qwen_image_tool.engine.checks import SAFER, check_image, check_latents
 from qwen_image_tool.engine.denoise import denoise, noise, schedule
 from qwen_image_tool.errors import BrokenPicture, Cancelled, ModelMissing, OutOfMemory
 from qwen_image_tool.store import Installed
@@ -97,7 +97,7 @@ class Engine:
             raise ValueError("the request is not resolved")
         watch = _Watch(emit, is_cancelled, request.steps)
         reader = weights.Reader(is_cancelled)
-        with torch.inference_mode(), _memory_errors(), self._whole():
+        with torch.inference_mode(), _errors(plan), self._whole():
             # 1. The weights, where they are not in memory yet; the reading goes on behind
             with watch.phase("load"):
                 parts = self._load(plan, reader)
@@ -355,12 +355,22 @@ def _limit_memory(device: torch.device, limit: int) -> None:
 
 
 @contextmanager
-def _memory_errors() -> Iterator[None]:
+def _errors(plan: Plan) -> Iterator[None]:
+    """What torch raises, in words for people."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
-        first_line = str(error).partition("\n")[0]
         raise OutOfMemory(
-            f"The memory ran out. {first_line}".strip(),
+            f"The memory ran out. {_first_line(error)}".strip(),
             "Close other programs, or choose a smaller --size.",
         ) from error
+    except RuntimeError as error:
+        if not plan.attention:
+            raise
+        raise BrokenPicture(
+            f"Attention by {plan.attention} does not work here. {_first_line(error)}".strip(), SAFER
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]

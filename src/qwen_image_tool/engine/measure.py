@@ -51,6 +51,7 @@ def speeds(device: torch.device) -> Rates:
     from qwen_image_tool.engine import attention  # with diffusers, which the compiler needs not
 
     clock = _Clock(device)
+    clock.wake()
     candidates = attention.CANDIDATES if device.type == "cuda" else ()
     backends = {name: _rate(clock, _attention, name) for name in ("", *candidates)}
     fastest = max(backends, key=lambda name: backends[name])
@@ -82,6 +83,14 @@ class _Clock:
         self.device = device
         self.on_gpu = device.type != "cpu"
         self.seconds = 0.1
+
+    def wake(self) -> None:
+        """Work for a second: a GPU that was at rest takes as long to reach its speed."""
+        if self.on_gpu:
+            x = self.random(4096, 4096)
+            until = time.perf_counter() + 1
+            while time.perf_counter() < until:
+                self._time(lambda: x @ x, 10)
 
     def __call__(self, work: Callable[[], object]) -> float:
         """Seconds of one `work`, once it has run before."""
