@@ -46,9 +46,11 @@ def main() -> None:
         print(f"model written in {time.perf_counter() - began:.0f} s", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         options.scratch = Path(scratch)
-        report = {"about": about(options), "rows": list(measure(options))}
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
+        report: dict[str, Any] = {"about": about(options), "rows": []}
+        for row in measure(options):
+            report["rows"].append(row)
+            if options.json:  # at each row: a run that is cut off keeps what it has
+                options.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
     text = table(report)
     print(text)
     if options.docs:

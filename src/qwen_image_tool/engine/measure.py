@@ -51,7 +51,7 @@ def speeds(device: torch.device) -> Rates:
     from qwen_image_tool.engine import attention  # with diffusers, which the compiler needs not
 
     clock = _Clock(device)
-    clock.wake()
+    _rate(clock, _wake)
     candidates = attention.CANDIDATES if device.type == "cuda" else ()
     backends = {name: _rate(clock, _attention, name) for name in ("", *candidates)}
     fastest = max(backends, key=lambda name: backends[name])
@@ -84,14 +84,6 @@ class _Clock:
         self.on_gpu = device.type != "cpu"
         self.seconds = 0.1
 
-    def wake(self) -> None:
-        """Work for a second: a GPU that was at rest takes as long to reach its speed."""
-        if self.on_gpu:
-            x = self.random(4096, 4096)
-            until = time.perf_counter() + 1
-            while time.perf_counter() < until:
-                self._time(lambda: x @ x, 10)
-
     def __call__(self, work: Callable[[], object]) -> float:
         """Seconds of one `work`, once it has run before."""
         self._time(work, 1)
@@ -112,6 +104,15 @@ class _Clock:
         """bfloat16, the same values at every call."""
         generator = torch.Generator(self.device).manual_seed(0)
         return torch.randn(shape, generator=generator, device=self.device, dtype=torch.bfloat16)
+
+
+def _wake(clock: _Clock) -> float:
+    """Work for a second: a GPU that was at rest takes as long to reach its speed."""
+    x = clock.random(4096, 4096)
+    until = time.perf_counter() + (1 if clock.on_gpu else 0)
+    while time.perf_counter() < until:
+        torch.mm(x, x).sum().item()
+    return 0
 
 
 def _matmul(clock: _Clock) -> float:
