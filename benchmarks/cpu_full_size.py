@@ -1,6 +1,7 @@
 """The full-size 20B model on the CPU with less RAM than weights: seconds and peak memory.
 
     .venv/bin/python benchmarks/cpu_full_size.py FOLDER [--ram 8GiB] [--steps 2] [--json]
+        [--docs FILE]
 
 Makes the model of random weights in FOLDER if it is not there (57.7 GB), then runs one `qit
 generate` at 256x256 in a process of its own and reads that process's peak resident memory.
@@ -16,8 +17,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import full_size
+from any_card import write_section
 from qwen_image_tool.app import library_versions
 from qwen_image_tool.device import cores, cpu_name, memory
 
@@ -30,6 +33,7 @@ def main() -> None:
     parser.add_argument("--ram", default="8GiB")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--docs", type=Path)
     options = parser.parse_args()
 
     if not options.folder.exists():
@@ -50,6 +54,7 @@ def main() -> None:
         "machine": f"{cpu_name()}, {cores()} cores, {memory()[0] / GIB:.0f} GiB, "
         + platform.system(),
         "versions": library_versions(),
+        "date": time.strftime("%Y-%m-%d"),
         "ram_limit": options.ram,
         "steps": options.steps,
         "placement": result["plan"]["placement"],
@@ -61,6 +66,30 @@ def main() -> None:
         "phase_seconds": {name: round(took, 1) for name, took in result["seconds"].items()},
     }
     print(json.dumps(figures, indent=None if options.json else 2))
+    if options.docs:
+        write_section(options.docs, "cpu full size", table(figures))
+
+
+def table(figures: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in figures["versions"].items())
+    placement, phases = figures["placement"], figures["phase_seconds"]
+    stays = f"{placement['resident']} of {placement['blocks']} blocks stay in RAM"
+    command = f"benchmarks/cpu_full_size.py FOLDER --ram {figures['ram_limit']}"
+    columns = {
+        **phases,
+        "all, seconds": figures["seconds"],
+        "peak RAM GiB": figures["peak_rss_gib"],
+        "predicted": figures["predicted_ram_gib"],
+    }
+    lines = [
+        f"`{command}`, {figures['date']}: {figures['machine']}, {versions}.",
+        f"Qwen-Image (20B) at 256x256, {figures['steps']} steps with CFG; {stays}.",
+        "",
+        f"| {' | '.join(columns)} |",
+        "|---" * len(columns) + "|",
+        f"| {' | '.join(str(value) for value in columns.values())} |",
+    ]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -156,11 +156,14 @@ PLACEMENTS = [
     Placement(blocks=6, resident=0, slots=2, source="disk"),
     Placement(blocks=6, resident=1, slots=3, source="disk"),
     Placement(blocks=6, resident=3, slots=2, source="disk"),
+    Placement(blocks=6, resident=2, slots=2, source="pageable"),
 ]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("placement", PLACEMENTS, ids=lambda p: f"{p.resident}-{p.slots}")
+@pytest.mark.parametrize(
+    "placement", PLACEMENTS, ids=lambda p: f"{p.source or 'all'}-{p.resident}-{p.slots}"
+)
 @pytest.mark.usefixtures("_no_grad")
 def test_every_placement_has_the_bits_of_the_plain_forward(
     folder: Path, placement: Placement, dtype: torch.dtype

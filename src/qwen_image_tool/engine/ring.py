@@ -121,7 +121,11 @@ class Background:
         self._filled: dict[int, Future[object]] = {}
 
     def start(self, block: int, slot: int) -> None:
-        self._filled[slot] = self._pool.submit(self._fill, block, self._slots[slot])
+        self._filled[slot] = self._pool.submit(self._send, block, slot)
+
+    @torch.inference_mode()  # a thread's own state
+    def _send(self, block: int, slot: int) -> None:
+        self._fill(block, self._slots[slot])
 
     def wait(self, slot: int) -> None:
         self._filled[slot].result()
