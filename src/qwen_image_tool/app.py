@@ -196,8 +196,8 @@ class App:
             emit(Notice(text=reason))
         assert self._engine
         run = self._engine.run(resolved, plans, emit, is_cancelled)
-        if run.compile_seconds:
-            self.rates.learn(here, compile_seconds=run.compile_seconds)
+        learnt = {"compile_seconds": run.compile_seconds, "disk": run.disk_rate}
+        self.rates.learn(here, **{name: value for name, value in learnt.items() if value})
 
         emit(PhaseStarted(phase="save"))
         started = time.perf_counter()

@@ -52,7 +52,7 @@ class RateBook:
         """Change single rates to what a run has shown (the disk's, the seconds of compiling) of a
         device that was measured."""
         known = self.get(device)
-        if known:
+        if known and rates:
             self.put(device, Rates.model_validate({**known.model_dump(), **rates}))
 
     def _path(self, row: Measured) -> Path:

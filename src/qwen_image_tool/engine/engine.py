@@ -146,7 +146,7 @@ class Engine:
                 for image in images if plan.mode != "exact" else ():
                     check_image(image)
         compile_seconds = parts.compiled.seconds if parts.compiled else 0
-        return Run(images, plan, watch.seconds, compile_seconds)
+        return Run(images, plan, watch.seconds, compile_seconds, reader.rate)
 
     def _load(self, plan: Plan, reader: weights.Reader) -> "_Parts":
         if self._parts is None or not plan.loads_like(self._parts.plan):
@@ -169,12 +169,14 @@ class Engine:
 @dataclass(frozen=True)
 class Run:
     """The pictures of a request in the order of its seeds, the plan that made them, the seconds of
-    each phase, and those that compiling took in this run or an earlier one."""
+    each phase, those that compiling took in this run or an earlier one, and the bytes a second that
+    the disk gave; 0: too few to say."""
 
     images: list[Image.Image]
     plan: Plan
     seconds: dict[PhaseName, float]
     compile_seconds: float = 0
+    disk_rate: float = 0
 
 
 class _Parts:
