@@ -17,7 +17,7 @@ from qwen_image_tool.engine.cache import TensorCache
 from qwen_image_tool.engine.families.qwen_image import Forward, Transformer
 from qwen_image_tool.engine.modulation import Modulation
 from qwen_image_tool.engine.ring import Background, Ring, interleaved
-from qwen_image_tool.engine.weights import Reader
+from qwen_image_tool.engine.weights import Checkpoint, Reader
 from qwen_image_tool.errors import Cancelled, ModelMissing
 from qwen_image_tool.types import Placement
 
@@ -272,3 +272,38 @@ def test_a_schedule_that_was_kept_on_disk_reads_no_weights(
         placed.close()
         monkeypatch.delattr(Modulation, "_compute", raising=False)
     assert torch.equal(*made)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.usefixtures("_no_grad")
+def test_the_table_has_the_row_of_timestep_0_for_reference_pictures(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """As Edit-2511 is configured; a second picture stands for the reference."""
+    torch.manual_seed(1)
+    config = {k: v for k, v in tiny.pipeline(layers=3).transformer.config.items() if k[0] != "_"}
+    plain = QwenImageTransformer2DModel(**config | {"zero_cond_t": True}).to(dtype).eval()
+    plain.save_pretrained(tmp_path)
+    inputs = {
+        "hidden_states": torch.randn(1, 48, 64).to(dtype),
+        "encoder_hidden_states": torch.randn(1, 7, 32).to(dtype),
+        "img_shapes": [[(1, 4, 6), (1, 4, 6)]],
+        "return_dict": False,
+    }
+    timesteps = torch.tensor([700.0, 30.0])
+    times = [timestep.expand(1).to(dtype) / 1000 for timestep in timesteps]
+    theirs = [plain(timestep=time, **inputs)[0] for time in times]
+    tembs = [
+        plain.time_text_embed(torch.cat([time, time * 0]), inputs["hidden_states"], None)
+        for time in times
+    ]
+    blocks = list(plain.transformer_blocks)
+    modulation = Modulation(
+        blocks, "transformer_blocks.", Checkpoint(tmp_path), torch.device("cpu"), dtype
+    )
+    table = modulation.table(timesteps, tembs, Reader())
+    assert table.rows.shape[:3] == (2, 3, 3)
+    for step, time in enumerate(times):
+        for number, block in enumerate(blocks):
+            table.set(block, number, step)
+        assert torch.equal(plain(timestep=time, **inputs)[0], theirs[step])

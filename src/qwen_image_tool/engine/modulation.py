@@ -16,7 +16,7 @@ from qwen_image_tool.engine.cache import TensorCache
 from qwen_image_tool.engine.weights import Checkpoint, Reader
 from qwen_image_tool.types import Placement
 
-PARTS = ("img_mod", "txt_mod")
+IMAGE, TEXT = PARTS = ("img_mod", "txt_mod")
 
 
 class Row(nn.Module):
@@ -29,15 +29,18 @@ class Row(nn.Module):
 
 
 class Table:
-    """The rows of every timestep and block. `rows`: [steps, blocks, 2, 1, 6 * width]."""
+    """The rows of every timestep and block. `rows`: [steps, blocks, n + 1, 6 * width], the image's
+    n and the text's. n is 1, or 2 where reference pictures have a row of timestep 0 (Edit-2511's
+    `zero_cond_t`)."""
 
     def __init__(self, rows: torch.Tensor) -> None:
         self.rows = rows
 
     def set(self, block: nn.Module, number: int, step: int) -> None:
         """Give `block` (whose parts are Rows) what block `number` needs at `step`."""
-        for place, part in enumerate(PARTS):
-            getattr(block, part).row = self.rows[step, number, place]
+        image, text = self.rows[step, number].tensor_split([-1])
+        block.get_submodule(IMAGE).row = image
+        block.get_submodule(TEXT).row = text
 
 
 def strip(block: nn.Module) -> nn.ModuleDict:
@@ -69,7 +72,8 @@ class Modulation:
     def table(
         self, timesteps: torch.Tensor, tembs: Sequence[torch.Tensor], reader: Reader
     ) -> Table:
-        """The rows of a schedule, whose time embeddings are `tembs`, each [1, width]."""
+        """The rows of a schedule, whose time embeddings are `tembs`, each [n, width]: of the
+        timestep, and where n is 2 of timestep 0."""
         schedule: list[float] = timesteps.tolist()
         if self._table is None or self._table[0] != schedule:
             rows = self._cache.get(schedule) if self._cache else None
@@ -92,9 +96,8 @@ class Modulation:
         try:
             for _, modules in blocks.walk():
                 reader.check()
-                parts = [modules.get_submodule(part) for part in PARTS]
-                made = [torch.stack([part(temb) for part in parts]) for temb in tembs]
-                rows.append(torch.stack(made))
+                image, text = (modules.get_submodule(part) for part in PARTS)
+                rows.append(torch.stack([torch.cat([image(t), text(t[:1])]) for t in tembs]))
         finally:
             blocks.close()
         return torch.stack(rows, dim=1)
