@@ -410,7 +410,7 @@ def _why_mode(needs: Needs, way: Way) -> Iterator[str]:
         yield "Exact: nothing is compiled and attention is torch's own."
         if way.strips > 1:
             yield (
-                "diffusers' decoder does not fit: pixels may differ from its own by one level"
+                "diffusers' decoder does not fit: pixels may differ from its own by two levels"
                 " of 255."
             )
     elif way.compiled:
