@@ -274,7 +274,7 @@ def test_exact_mode_keeps_what_diffusers_does() -> None:
     assert (exact.attention, exact.compiled, exact.strips) == ("", False, 1)
     tight = plan(device("cuda", 64, 4, rates=rates), mode="exact")
     assert tight.strips > 1
-    assert any("one level of 255" in reason for reason in tight.reasons)
+    assert any("two levels of 255" in reason for reason in tight.reasons)
 
 
 def test_fallbacks_come_in_order() -> None:
