@@ -473,7 +473,7 @@ def _list(hub: Hub, repo: str, revision: str = "") -> Listing:
 def _small_text(hub: Hub, listing: Listing, file: RemoteFile) -> str:
     def read() -> str:
         with hub.open(listing.repo, listing.revision, file) as body:
-            return b"".join(body.chunks).decode(errors="replace")
+            return b"".join(map(bytes, body.pieces)).decode(errors="replace")
 
     return _insist(read, file.path)
 
