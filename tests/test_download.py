@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -13,10 +14,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
+from huggingface_hub import close_session
 
 import tiny
 from hub import Fault, LocalHub, download, is_lfs, serve
@@ -29,7 +32,7 @@ from qwen_image_tool.errors import (
     Paused,
 )
 from qwen_image_tool.store import locate
-from qwen_image_tool.store.download import Control, Effort
+from qwen_image_tool.store.download import Control, Effort, write_all
 from qwen_image_tool.store.hub import Hub, connect, safe_name
 from qwen_image_tool.store.library import Library
 from qwen_image_tool.store.places import Elsewhere
@@ -266,16 +269,40 @@ def test_unsafe_redirects_are_not_followed(
         assert caught.value.kind == "redirect"
 
 
-def test_a_false_certificate_is_refused(repos: Path, tmp_path: Path) -> None:
-    made = tmp_path / "made.pem"
+def make_certificate(folder: Path) -> Path:
+    """For 127.0.0.1, signed by itself, with its key."""
+    made = folder / "made.pem"
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
-    command += ["-subj", "/CN=127.0.0.1", "-keyout", str(made), "-out", str(tmp_path / "cert")]
+    command += ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    command += ["-keyout", str(made), "-out", str(folder / "cert")]
     subprocess.run(command, check=True, capture_output=True)
-    made.write_bytes(made.read_bytes() + (tmp_path / "cert").read_bytes())
+    made.write_bytes(made.read_bytes() + (folder / "cert").read_bytes())
+    return made
+
+
+def test_a_false_certificate_is_refused(repos: Path, tmp_path: Path) -> None:
+    made = make_certificate(tmp_path)
     with serve(made) as hub, pytest.raises(DownloadFailed) as caught:
         library_of(hub.endpoint, tmp_path / "models").download(T2I)
     assert caught.value.kind == "tls"
     assert "SSL_CERT_FILE" in caught.value.hint
+
+
+def test_over_tls(repos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are read from the TLS socket itself; a cut connection is gone on with."""
+    certificate = make_certificate(tmp_path)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    close_session()  # the client reads the variable when it is made
+    with serve(certificate) as hub:
+        hub.add_folder(T2I.repo, repos / "qwen-image")
+        hub.faults = [Fault("cut", 2, 30_000, match=SHARD)]
+        library = library_of(hub.endpoint, tmp_path / "models")
+        library.download(T2I)
+        assert_whole(hub, library, T2I)
+        assert sum(hub.sent[name] for name in published(hub, T2I) if is_lfs(name)) == sum(
+            len(data) for name, data in published(hub, T2I).items() if is_lfs(name)
+        )
+    close_session()
 
 
 def test_no_connection_at_all(tmp_path: Path) -> None:
@@ -355,6 +382,73 @@ def test_a_disk_that_fills_up_meanwhile(
     assert_whole(hub, library, T2I)
 
 
+def test_the_disk_is_looked_at_meanwhile(hub: LocalHub, small_disk: Path) -> None:
+    """What another program takes is noticed before the last byte is gone."""
+    subprocess.run(["mount", "-o", "remount,size=3m", str(small_disk)], check=True)
+    library = library_of(hub.endpoint, small_disk)
+    library._effort = Effort(look_every=0.05)
+    hub.bytes_per_second = 200_000
+    other = small_disk / "other"
+
+    def fill() -> None:
+        _wait_for(lambda: sum(hub.sent.values()) > 50_000)
+        other.write_bytes(bytes(shutil.disk_usage(small_disk).free - 300_000))
+
+    filling = threading.Thread(target=fill)
+    filling.start()
+    with pytest.raises(DownloadFailed, match="still to come") as caught:
+        library.download(T2I)
+    filling.join()
+    assert caught.value.kind == "disk full"
+    hub.bytes_per_second = 0
+    other.unlink()
+    kept = _sizes(library.folder(T2I) / PRIVATE / "partial")
+    hub.requests.clear()
+    library.download(T2I)
+    assert_resumed(hub, kept)
+    assert_whole(hub, library, T2I)
+
+
+def test_what_is_here_already_takes_no_space_again(hub: LocalHub, small_disk: Path) -> None:
+    """Resuming needs room for the rest alone."""
+    subprocess.run(["mount", "-o", "remount,size=3m", str(small_disk)], check=True)
+    library = library_of(hub.endpoint, small_disk)
+    hub.bytes_per_second = 200_000
+    control = Control()
+    pausing = threading.Thread(
+        target=lambda: (_wait_for(lambda: sum(hub.sent.values()) > 300_000), control.pause())
+    )
+    pausing.start()
+    with pytest.raises(Paused):
+        library.download(T2I, control=control)
+    pausing.join()
+    hub.bytes_per_second = 0
+    have = sum(p.stat().st_size for p in small_disk.rglob("*") if p.is_file())
+    rest = sum(map(len, published(hub, T2I).values())) - have
+    free = shutil.disk_usage(small_disk).free
+    (small_disk / "other").write_bytes(bytes(free - rest - 200_000))
+    assert have > 250_000
+    library.download(T2I)
+    assert_whole(hub, library, T2I)
+
+
+class _AlmostFull(io.RawIOBase):
+    """Takes three bytes at a time, as an unbuffered file may."""
+
+    def __init__(self) -> None:
+        self.taken = b""
+
+    def write(self, piece: Any) -> int:
+        self.taken += bytes(piece[:3])
+        return min(3, len(piece))
+
+
+def test_a_short_write_is_gone_on_with() -> None:
+    stream = _AlmostFull()
+    write_all(stream, memoryview(b"0123456789"))
+    assert stream.taken == b"0123456789"
+
+
 def test_a_folder_that_can_not_be_written(hub: LocalHub, tmp_path: Path) -> None:
     (tmp_path / "models").write_text("a file, not a folder")
     with pytest.raises(DownloadFailed) as caught:
@@ -375,6 +469,27 @@ def test_pause_and_resume(hub: LocalHub, library: Library) -> None:
     hub.requests.clear()
     library.download(T2I)
     assert_resumed(hub, kept)
+    assert_whole(hub, library, T2I)
+
+
+def test_a_pause_ends_a_stall(hub: LocalHub, tmp_path: Path) -> None:
+    """Not only when the patience with the server is over."""
+    hub.faults = [Fault("stall", 99, 20_000, match=SHARD)]
+    patient = Hub(hub.endpoint, local=True, stall_seconds=600)
+    library = Library(CATALOG, tmp_path / "models", lambda: patient, None, QUICK)
+    control = Control()
+    pausing = threading.Thread(target=lambda: (_wait_for(lambda: hub.holding), control.pause()))
+    pausing.start()
+    with pytest.raises(Paused):
+        library.download(T2I, control=control)
+    pausing.join()
+    assert hub.holding, "the server has not given up"
+    assert sum(_sizes(library.folder(T2I) / PRIVATE / "partial").values()) >= 20_000
+
+
+def test_bodies_without_a_length(hub: LocalHub, library: Library) -> None:
+    hub.chunked = True
+    library.download(T2I)
     assert_whole(hub, library, T2I)
 
 
