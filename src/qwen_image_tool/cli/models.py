@@ -180,7 +180,12 @@ def import_file(
         )
     entry = app.catalog.find(model) if model else fitting[0]
     target = app.library.import_file(path, entry)
-    _done(Screen(as_json), as_json, str(target), path=str(target), checkpoint=found.to_dict())
+    screen = Screen(as_json)
+    _done(screen, as_json, str(target), path=str(target), checkpoint=found.to_dict())
+    if found.unsupported:
+        screen.note(f"It can't run yet. {found.unsupported}")
+    else:
+        screen.note(f"`qit models download {entry.id}` fetches what the model needs beside it.")
 
 
 @models.command()

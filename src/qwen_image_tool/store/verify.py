@@ -5,12 +5,19 @@ import os
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qwen_image_tool.errors import Cancelled, FaultKind, ModelBroken
 from qwen_image_tool.store.headers import SUFFIXES, Header, read_header
-from qwen_image_tool.store.record import Kept, Record, digest_file, partial_path
+from qwen_image_tool.store.record import (
+    Kept,
+    Record,
+    digest_file,
+    partial_path,
+    transformer_folder,
+)
 from qwen_image_tool.types import Event, Value, VerifyProgress
 
 MAX_JSON = 32 << 20  # bytes; a tokenizer's file has 11 MB
@@ -32,16 +39,26 @@ def quick(folder: Path, record: Record | None, components: Iterable[str]) -> tup
     headers and indexes alone.
     """
     faults = {fault.path: fault for fault in (_sizes(folder, record) if record else ())}
-    for name in components:
+    variants = [transformer_folder(name) for name in record.variants] if record else []
+    for name in dict.fromkeys((*components, *variants)):
         if (folder / name).is_dir():
-            for fault in check_component(folder / name, f"{name}/"):
+            for fault in read_component(folder / name, f"{name}/").faults:
                 if fault.kind == "swapped":  # says more than that the size is another
                     faults[fault.path] = fault
                 faults.setdefault(fault.path, fault)
     return tuple(faults.values())
 
 
-def check_component(folder: Path, prefix: str = "") -> list[Fault]:
+@dataclass(frozen=True)
+class Component:
+    """A component's folder by its headers. `weights`: the files that it consists of and that are
+    sound; `faults`: the others."""
+
+    weights: dict[str, Header]
+    faults: tuple[Fault, ...]
+
+
+def read_component(folder: Path, prefix: str = "") -> Component:
     """Every weight file has a sound header, and holds the tensors its index says."""
     faults: list[Fault] = []
     headers: dict[str, Header] = {}
@@ -51,13 +68,18 @@ def check_component(folder: Path, prefix: str = "") -> list[Fault]:
         except ModelBroken as error:
             faults.append(Fault(path=prefix + file.name, kind=error.kind, message=error.message))
     known = {fault.path for fault in faults}
+    named: set[str] = set()
     for index in sorted(folder.glob("*.safetensors.index.json")):
         try:
-            found = _check_index(folder, index, headers, prefix)
+            shards = _shards(index)
         except ModelBroken as error:
             found = [Fault(path=prefix + index.name, kind=error.kind, message=error.message)]
+        else:
+            found = _check_shards(folder, shards, headers, prefix)
+            named |= set(shards)
         faults += [fault for fault in found if fault.path not in known]
-    return faults
+    weights = {name: header for name, header in headers.items() if name in (named or headers)}
+    return Component(weights, tuple(faults))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -114,8 +136,9 @@ def _impostor(path: Path) -> tuple[FaultKind, str] | None:
     return None
 
 
-def _check_index(folder: Path, index: Path, headers: dict[str, Header], prefix: str) -> list[Fault]:
-    shards = _shards(index)
+def _check_shards(
+    folder: Path, shards: dict[str, set[str]], headers: dict[str, Header], prefix: str
+) -> list[Fault]:
     faults = []
     for name, tensors in shards.items():
         path = folder / name
