@@ -311,6 +311,6 @@ def test_from_the_command_line(
     assert "qit models download qwen-image" in capsys.readouterr().err
     assert run(["models", "download", "qwen-image"]) == 0
     command = ["generate", "a cat", "--model", "qwen-image", "--size", "64x64", "--steps", "2"]
-    assert run([*command, "--output", str(tmp_path / "pictures")]) == 0
+    assert run([*command, "--out", str(tmp_path / "pictures")]) == 0, capsys.readouterr().err
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 1
     logs.tear_down()

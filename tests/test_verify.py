@@ -178,10 +178,15 @@ def test_a_full_check_can_be_stopped(library: Library) -> None:
         library.verify(MODEL, full=True, is_cancelled=lambda: True)
 
 
-def test_a_broken_record_is_said(library: Library) -> None:
+def test_a_broken_record_is_said_and_stops_nothing_else(hub: LocalHub, library: Library) -> None:
     record_path(library.folder(MODEL)).write_text("{")
     with pytest.raises(ModelBroken, match="record"):
         library.verify(MODEL)
+    assert library.to_fetch(MODEL) == MODEL.weight_bytes
+    library.download(MODEL, again=True)
+    assert library.verify(MODEL, full=True) == ()
+    record_path(library.folder(MODEL)).write_text("{")
+    assert library.remove(MODEL) > 0
 
 
 def test_what_is_not_there(library: Library) -> None:

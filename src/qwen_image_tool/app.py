@@ -39,7 +39,8 @@ SEEDS = 2**32  # random seeds stay short enough to read out
 
 
 class Advice(Value):
-    """A variant of a model for one machine. `to_fetch`: bytes a download would take."""
+    """A variant of a model for one machine. `to_fetch`: bytes a download would take; `seconds`: of
+    a picture with the model's own settings, where the planner can tell."""
 
     model: str
     variant: str
@@ -47,6 +48,7 @@ class Advice(Value):
     runs: bool
     reason: str
     to_fetch: int
+    seconds: float | None = None
 
 
 def never() -> bool:
@@ -103,6 +105,7 @@ class App:
             "to_fetch": 0 if state == "ready" else self.library.to_fetch(model),
             "state": state,
             "why": why,
+            "variants": list(self.library.variants(model)),
         }
 
     def plan(self, request: Request, on: Device | None = None) -> tuple[Request, Plan]:
@@ -147,16 +150,20 @@ class App:
             except CannotRun as error:
                 why = why or str(error)
                 continue
-            return self._advice(model, name, runs=True, reason=found.reasons[0])
-        return self._advice(model, "bf16", runs=False, reason=why)
+            reason, seconds = found.reasons[0], found.seconds
+            return self._advice(model, name, runs=True, reason=reason, seconds=seconds)
+        return self._advice(model, "bf16", runs=False, reason=why, seconds=None)
 
-    def _advice(self, model: Model, variant: str, runs: bool, reason: str) -> "Advice":
+    def _advice(
+        self, model: Model, variant: str, *, runs: bool, reason: str, seconds: float | None
+    ) -> "Advice":
         return Advice(
             model=model.id,
             variant=variant,
             released=model.released,
             runs=runs,
             reason=reason,
+            seconds=seconds,
             to_fetch=0 if self._is_ready(model) else self.library.to_fetch(model, variant),
         )
 

@@ -10,7 +10,7 @@ import typer
 
 from qwen_image_tool.app import App
 from qwen_image_tool.catalog import Model
-from qwen_image_tool.cli.screen import Screen
+from qwen_image_tool.cli.screen import Screen, duration
 from qwen_image_tool.errors import BadRequest, DownloadFailed, LicenceNotAccepted, ToolError
 from qwen_image_tool.settings import load_settings
 from qwen_image_tool.store.download import Control
@@ -67,7 +67,8 @@ def recommend(as_json: Json = False) -> None:
         return
     for each in advice:
         fetch = f"{each.to_fetch / 1e9:.1f} GB to fetch" if each.to_fetch else "is here"
-        screen.line(f"{each.model} ({each.variant}): {fetch}. {each.reason}")
+        takes = f", about {duration(each.seconds)} a picture" if each.seconds else ""
+        screen.line(f"{each.model} ({each.variant}): {fetch}{takes}. {each.reason}")
 
 
 @models.command()

@@ -21,6 +21,7 @@ from qwen_image_tool.errors import (
     Cancelled,
     DownloadFailed,
     LicenceNotAccepted,
+    ModelBroken,
     ModelMissing,
     ModelUnsupported,
 )
@@ -86,6 +87,11 @@ class Library:
         """What was downloaded of `model`; None where nothing was. Raises ModelBroken."""
         return read_record(self.folder(model))
 
+    def variants(self, model: Model) -> tuple[str, ...]:
+        """Of its transformer, that were downloaded or imported."""
+        record = _record_or_none(self.folder(model))
+        return tuple(dict.fromkeys((*record.variants, *record.imported))) if record else ()
+
     # -- download ----------------------------------------------------------------------------
 
     def download(
@@ -143,7 +149,7 @@ class Library:
 
     def _variant_name(self, model: Model, variant: str) -> str:
         """As the catalogue or the import wrote it. Raises BadRequest."""
-        record = self.record(model)
+        record = _record_or_none(self.folder(model))
         imported = record.imported if record else ()
         if not variant and record and OWN not in record.variants:
             variant = next((n for n in imported if n.removeprefix(IMPORTED) in RUNNING), OWN)
@@ -153,8 +159,8 @@ class Library:
         return found.id if found else OWN
 
     def _present(self, model: Model) -> list[str]:
-        record = self.record(model)
         folder = self.folder(model)
+        record = _record_or_none(folder)
         return [f.path for f in record.files if (folder / f.path).exists()] if record else []
 
     def _has(self, model: Model, place: str) -> bool:
@@ -247,7 +253,7 @@ class Library:
         """The other models' files by content."""
         found: dict[str, list[Path]] = {}
         for model in self.catalog.models:
-            record = read_record(self.folder(model))
+            record = _record_or_none(self.folder(model))
             for file in record.files if record else ():
                 path = self.folder(model) / file.path
                 if file.identity and _size(path) == file.size:
@@ -311,7 +317,8 @@ class Library:
     ) -> tuple[Fault, ...]:
         """What is wrong with `model`. Raises ModelMissing (not here at all), Cancelled, and
         BadRequest for a full check of files whose hashes nobody recorded."""
-        folder, record = self._existing(model)
+        folder = self._existing(model)
+        record = read_record(folder)
         if not full:
             return verify.quick(folder, record, model.components)
         if record is None:
@@ -334,7 +341,8 @@ class Library:
         """Fetch what is broken and nothing else; returns what was. Raises like `download`."""
         control = control or Control()
         faults = self.verify(model, full, emit, control.stopped.is_set)
-        folder, record = self._existing(model)
+        folder = self._existing(model)
+        record = read_record(folder)
         if record is None:
             raise BadRequest(
                 f"The files of {folder} were put there by hand.",
@@ -351,7 +359,8 @@ class Library:
     def remove(self, model: Model, variant: str = "") -> int:
         """Delete `model`, or one variant of it; returns the bytes that became free. What another
         model shares stays with that one. Raises ModelMissing."""
-        folder, record = self._existing(model)
+        folder = self._existing(model)
+        record = _record_or_none(folder)
         with self._locked(folder):
             left = record and variant and self._without(record, self._variant_name(model, variant))
             if record and left:
@@ -377,7 +386,7 @@ class Library:
 
     def pause(self, model: Model) -> None:
         """Ask the process that downloads `model` to stop; it does within a second or so."""
-        folder, _ = self._existing(model)
+        folder = self._existing(model)
         (folder / PRIVATE).mkdir(exist_ok=True)
         (folder / PRIVATE / "pause").touch()
 
@@ -423,17 +432,17 @@ class Library:
         shutil.copyfile(path, partial)
         settle(partial, target)
 
-    def _existing(self, model: Model) -> tuple[Path, Record | None]:
+    def _existing(self, model: Model) -> Path:
         folder = self.folder(model)
         if not folder.is_dir():
             raise ModelMissing(
                 f"{model.name} is not in {self.models}.", f"`qit models download {model.id}`."
             )
-        return folder, read_record(folder)
+        return folder
 
     def _forget_fetched(self, folder: Path) -> None:
         """Delete all but what was imported: nobody could bring that back."""
-        record = read_record(folder)
+        record = _record_or_none(folder)
         imported = tuple(file for file in record.files if not file.repo) if record else ()
         self._clear(folder, [folder / file.path for file in imported])
         if record and imported:
@@ -474,6 +483,14 @@ class Library:
             yield
         finally:
             lock.release()
+
+
+def _record_or_none(folder: Path) -> Record | None:
+    """For what has to work beside a record that can't be read: lists, other models, a new start."""
+    try:
+        return read_record(folder)
+    except ModelBroken:
+        return None
 
 
 def _insist(ask: Callable[[], Answer], what: str) -> Answer:
