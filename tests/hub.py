@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import ssl
+import subprocess
 import threading
 import time
 from collections import Counter
@@ -239,6 +240,17 @@ class _Server(ThreadingHTTPServer):
 
     def handle_error(self, request: object, client_address: object) -> None:
         pass
+
+
+def make_certificate(folder: Path) -> Path:
+    """For 127.0.0.1, signed by itself, with its key."""
+    made = folder / "made.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+    command += ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    command += ["-keyout", str(made), "-out", str(folder / "cert")]
+    subprocess.run(command, check=True, capture_output=True)
+    made.write_bytes(made.read_bytes() + (folder / "cert").read_bytes())
+    return made
 
 
 def download(endpoint: str, models: str) -> None:

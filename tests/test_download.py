@@ -22,7 +22,7 @@ from diffusers import QwenImageTransformer2DModel
 from huggingface_hub import close_session
 
 import tiny
-from hub import Fault, LocalHub, download, is_lfs, serve
+from hub import Fault, LocalHub, download, is_lfs, make_certificate, serve
 from qwen_image_tool.catalog import Model, load_catalog
 from qwen_image_tool.errors import (
     BadRequest,
@@ -270,17 +270,6 @@ def test_unsafe_redirects_are_not_followed(
         with pytest.raises(DownloadFailed) as caught:
             library.download(T2I)
         assert caught.value.kind == "redirect"
-
-
-def make_certificate(folder: Path) -> Path:
-    """For 127.0.0.1, signed by itself, with its key."""
-    made = folder / "made.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
-    command += ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
-    command += ["-keyout", str(made), "-out", str(folder / "cert")]
-    subprocess.run(command, check=True, capture_output=True)
-    made.write_bytes(made.read_bytes() + (folder / "cert").read_bytes())
-    return made
 
 
 def test_a_false_certificate_is_refused(repos: Path, tmp_path: Path) -> None:

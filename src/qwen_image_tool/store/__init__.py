@@ -145,9 +145,10 @@ def as_published(model: Model, transformer_bytes: int | None = None) -> Installe
 
 
 def inspect(folder: Path, model: Model, variant: str = OWN) -> Installed:
-    """Check that every component of `model` is whole in `folder`, without reading any tensor.
+    """Check that every component of `model` is whole in `folder`, without reading any tensor;
+    `variant` says which transformer.
 
-    `variant`: of the transformer. A schedule of the folder's own takes the place of the model's. Raises ModelMissing that names
+    A schedule of the folder's own takes the place of the model's. Raises ModelMissing that names
     the first file which is not there, ModelUnsupported where the folder holds another kind of
     model.
     """
@@ -271,7 +272,7 @@ def _local_row(index: dict[str, Any]) -> str:
 
 
 def _headers(folder: Path, name: str) -> list[Header]:
-    """Of a component's weight files; none where it has no weights (tokenizer, processor, scheduler).
+    """Of a component's weight files; none for the tokenizer, the processor and the scheduler.
 
     Raises ModelMissing and ModelBroken.
     """

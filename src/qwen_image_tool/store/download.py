@@ -268,9 +268,9 @@ class _File:
         raise Transient("network", f"the server stopped in the middle of {self._file.path}")
 
     def _take(self, stream: BinaryIO, piece: memoryview) -> None:
-        """To disk first: what is counted as here is here, also after a kill."""
-        write_all(stream, piece)
+        """To disk before it counts as here: so it is here after a kill as well."""
         self._digest.update(piece)
+        write_all(stream, piece)
         self._size += len(piece)
         self._progress.got(len(piece), self._file.path)
 
