@@ -183,6 +183,7 @@ def test_recommendations_carry_their_reason() -> None:
     timed = app.recommend(BIG.model_copy(update={"rates": rates}))[0]
     assert timed.seconds
     assert 1 < timed.seconds < 600
+    assert 14e9 < timed.vram_bytes < BIG.vram_bytes
     assert best.to_fetch == app.catalog.find("qwen-image-2.1-turbo").weight_bytes
     assert not any(each.runs for each in app.recommend(SMALL))
     assert "needs" in app.recommend(SMALL)[0].reason

@@ -33,6 +33,7 @@ from qwen_image_tool.errors import (
 )
 from qwen_image_tool.store import locate
 from qwen_image_tool.store.download import Control, Effort, write_all
+from qwen_image_tool.store.headers import Header, read_header
 from qwen_image_tool.store.hub import Hub, connect, safe_name
 from qwen_image_tool.store.library import Library
 from qwen_image_tool.store.places import Elsewhere
@@ -223,6 +224,33 @@ def test_a_cut_download_fetches_no_byte_twice(hub: LocalHub, library: Library) -
     library.download(T2I)
     for name, data in published(hub, T2I).items():
         assert hub.sent[name] == len(data) or not is_lfs(name), name
+
+
+def test_a_file_that_changes_between_tries(hub: LocalHub, library: Library) -> None:
+    """What came of the old one is not gone on with as if it were the new one."""
+    hub.faults = [Fault("cut", 1, 20_000, match=SHARD), Fault("etag", 1, match=SHARD)]
+    with pytest.raises(DownloadFailed, match="another file on the server") as caught:
+        library.download(T2I)
+    assert caught.value.kind == "changed"
+    assert "--again" in caught.value.hint
+    assert_nothing_false(hub, library.folder(T2I), T2I)
+    library.download(T2I, again=True)
+    assert_whole(hub, library, T2I)
+
+
+def test_the_headers_are_read_once(
+    hub: LocalHub, library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library.download(T2I)
+    read: list[Path] = []
+
+    def counted(path: Path) -> Header:
+        read.append(path)
+        return read_header(path)
+
+    monkeypatch.setattr("qwen_image_tool.store.verify.read_header", counted)
+    locate("qwen-image", CATALOG, library.models)
+    assert sorted(read) == sorted(library.folder(T2I).rglob("*.safetensors"))
 
 
 def test_a_server_without_range_still_ends(hub: LocalHub, library: Library) -> None:

@@ -91,7 +91,7 @@ def append(path: Path) -> None:
 DAMAGE: dict[str, tuple[Callable[[Path], None], str, bool]] = {
     "truncated": (truncate, "truncated", True),
     "zeros": (all_zeros, "zero-filled", True),
-    "zeros at the end": (zeros_at_the_end, "changed", False),
+    "zeros at the end": (zeros_at_the_end, "zero-filled", False),
     "bit": (flip_a_bit, "changed", False),
     "header bit": (flip_the_length, "header", True),
     "web page": (web_page, "web page", True),

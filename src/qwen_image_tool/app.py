@@ -39,8 +39,9 @@ SEEDS = 2**32  # random seeds stay short enough to read out
 
 
 class Advice(Value):
-    """A variant of a model for one machine. `to_fetch`: bytes a download would take; `seconds`: of
-    a picture with the model's own settings, where the planner can tell."""
+    """A variant of a model for one machine. `to_fetch`: bytes a download would take. `seconds` of
+    a picture with the model's own settings, where the planner can tell; `ram_bytes` and
+    `vram_bytes` at its peak."""
 
     model: str
     variant: str
@@ -49,6 +50,8 @@ class Advice(Value):
     reason: str
     to_fetch: int
     seconds: float | None = None
+    ram_bytes: int = 0
+    vram_bytes: int = 0
 
 
 def never() -> bool:
@@ -150,20 +153,19 @@ class App:
             except CannotRun as error:
                 why = why or str(error)
                 continue
-            reason, seconds = found.reasons[0], found.seconds
-            return self._advice(model, name, runs=True, reason=reason, seconds=seconds)
-        return self._advice(model, "bf16", runs=False, reason=why, seconds=None)
+            return self._advice(model, name, found, found.reasons[0])
+        return self._advice(model, "bf16", None, why)
 
-    def _advice(
-        self, model: Model, variant: str, *, runs: bool, reason: str, seconds: float | None
-    ) -> "Advice":
+    def _advice(self, model: Model, variant: str, plan: Plan | None, reason: str) -> "Advice":
         return Advice(
             model=model.id,
             variant=variant,
             released=model.released,
-            runs=runs,
+            runs=plan is not None,
             reason=reason,
-            seconds=seconds,
+            seconds=plan.seconds if plan else None,
+            ram_bytes=plan.ram_bytes if plan else 0,
+            vram_bytes=plan.vram_bytes if plan else 0,
             to_fetch=0 if self._is_ready(model) else self.library.to_fetch(model, variant),
         )
 

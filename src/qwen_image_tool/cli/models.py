@@ -10,7 +10,7 @@ import typer
 
 from qwen_image_tool.app import App
 from qwen_image_tool.catalog import Model
-from qwen_image_tool.cli.screen import Screen, duration
+from qwen_image_tool.cli.screen import Screen, duration, gib
 from qwen_image_tool.errors import BadRequest, DownloadFailed, LicenceNotAccepted, ToolError
 from qwen_image_tool.settings import load_settings
 from qwen_image_tool.store.download import Control
@@ -66,9 +66,14 @@ def recommend(as_json: Json = False) -> None:
         screen.json({"models": [each.model_dump(mode="json") for each in advice]})
         return
     for each in advice:
-        fetch = f"{each.to_fetch / 1e9:.1f} GB to fetch" if each.to_fetch else "is here"
-        takes = f", about {duration(each.seconds)} a picture" if each.seconds else ""
-        screen.line(f"{each.model} ({each.variant}): {fetch}{takes}. {each.reason}")
+        says = [f"{each.to_fetch / 1e9:.1f} GB to fetch" if each.to_fetch else "is here"]
+        if each.runs:
+            says.append(f"needs {gib(each.ram_bytes)} of RAM")
+        if each.vram_bytes:
+            says.append(f"{gib(each.vram_bytes)} of GPU memory")
+        if each.seconds:
+            says.append(f"about {duration(each.seconds)} a picture")
+        screen.line(f"{each.model} ({each.variant}): {', '.join(says)}. {each.reason}")
 
 
 @models.command()

@@ -12,11 +12,13 @@ from pydantic import Field
 from qwen_image_tool.catalog import DEFAULT_MODEL, Catalog, Family, Model, did_you_mean
 from qwen_image_tool.errors import BadRequest, ModelBroken, ModelMissing, ModelUnsupported
 from qwen_image_tool.store import verify
-from qwen_image_tool.store.formats import recognise
+from qwen_image_tool.store.formats import describe
 from qwen_image_tool.store.headers import Header
 from qwen_image_tool.store.places import Elsewhere
 from qwen_image_tool.store.record import OWN, Record, read_record, transformer_folder
 from qwen_image_tool.types import Value
+
+Parts = dict[str, verify.Component]  # by their sub-folder
 
 # The catalogue rows whose settings an unlisted local folder takes
 LOCAL_20B, LOCAL_21, LOCAL_TURBO = "qwen-image", "qwen-image-2.1", "qwen-image-2.1-turbo"
@@ -95,26 +97,31 @@ def locate(
 
 def _inspect_own(folder: Path, model: Model) -> Installed:
     record = read_record(folder)
-    faults = verify.quick(folder, record, model.components) if record else ()
-    for fault in faults:
+    if record is None:
+        return inspect(folder, model)
+    parts = verify.read_components(folder, record, model.components)
+    for fault in verify.faults_of(folder, record, parts):
         hint = f"`qit models {'download' if fault.kind == 'interrupted' else 'repair'} {model.id}`"
         raise ModelBroken(fault.kind, fault.message, f"{hint} fetches what is needed.")
-    return inspect(folder, model, _running(folder, record, model) if record else OWN)
+    return inspect(folder, model, _running(folder, record, model, parts), parts)
 
 
-def _running(folder: Path, record: Record, model: Model) -> str:
+def _running(folder: Path, record: Record, model: Model, parts: Parts) -> str:
     """The variant that runs: the model's own, else the first that this version can run."""
     hint = f"`qit models download {model.id}` fetches what is needed."
     if OWN in record.variants:
         return OWN
     if not record.variants:
         raise ModelMissing(f"Of {model.name} only {', '.join(record.imported)} is here.", hint)
-    found = [recognise(folder / f.path) for name in record.variants for f in record.weights(name)]
-    for name, checkpoint in zip(record.variants, found, strict=True):
-        if not checkpoint.unsupported:
+    why = ""
+    for name in record.variants:
+        [(file, header)] = parts[transformer_folder(name)].weights.items()
+        found = describe(folder / transformer_folder(name) / file, header)
+        if not found.unsupported:
             return name
+        why = why or found.unsupported
     raise ModelUnsupported(
-        f"Of {model.name} only {', '.join(record.variants)} is here. {found[0].unsupported}", hint
+        f"Of {model.name} only {', '.join(record.variants)} is here. {why}", hint
     )
 
 
@@ -144,9 +151,11 @@ def as_published(model: Model, transformer_bytes: int | None = None) -> Installe
     )
 
 
-def inspect(folder: Path, model: Model, variant: str = OWN) -> Installed:
+def inspect(
+    folder: Path, model: Model, variant: str = OWN, parts: Parts | None = None
+) -> Installed:
     """Check that every component of `model` is whole in `folder`, without reading any tensor;
-    `variant` says which transformer.
+    `variant` says which transformer. `parts`: its components, where they have been read.
 
     A schedule of the folder's own takes the place of the model's. Raises ModelMissing that names
     the first file which is not there, ModelUnsupported where the folder holds another kind of
@@ -159,16 +168,19 @@ def inspect(folder: Path, model: Model, variant: str = OWN) -> Installed:
             f"{folder} holds a {found}, and this version runs {model.pipeline} folders.",
             "Choose the folder of a text-to-image Qwen-Image model.",
         )
-    transformer = folder / transformer_folder(variant)
-    places = {name: folder / name for name in model.components} | {"transformer": transformer}
-    headers = {name: _headers(place, name) for name, place in places.items()}
+    places = {name: name for name in model.components}
+    places["transformer"] = transformer_folder(variant)
+    parts = parts or verify.read_components(folder, None, places.values())
+    headers = {name: _headers(folder / at, name, parts.get(at)) for name, at in places.items()}
     sizes = {name: sum(header.size for header in found) for name, found in headers.items()}
     return Installed(
         model=_with_sigmas(model, index.get("sample_sigmas"), folder),
         folder=folder,
         variant=variant,
         bytes=sizes | {"transformer": _as_bfloat16(headers["transformer"])},
-        blocks=blocks_of(verify.read_json(transformer / "config.json"), model.family),
+        blocks=blocks_of(
+            verify.read_json(folder / places["transformer"] / "config.json"), model.family
+        ),
         text_layers=text_layers_of(
             verify.read_json(folder / "text_encoder" / "config.json"), model.family
         ),
@@ -271,12 +283,12 @@ def _local_row(index: dict[str, Any]) -> str:
     return LOCAL_TURBO if index.get("sample_sigmas") else LOCAL_21
 
 
-def _headers(folder: Path, name: str) -> list[Header]:
+def _headers(folder: Path, name: str, found: verify.Component | None) -> list[Header]:
     """Of a component's weight files; none for the tokenizer, the processor and the scheduler.
 
     Raises ModelMissing and ModelBroken.
     """
-    if not folder.is_dir():
+    if found is None:
         raise ModelMissing(
             f"The component {name!r} is missing: there is no folder {folder}.", verify.AGAIN
         )
@@ -288,7 +300,6 @@ def _headers(folder: Path, name: str) -> list[Header]:
     verify.read_json(folder / config.get(name, "config.json"))
     if name in config:
         return []
-    found = verify.read_component(folder)
     for fault in found.faults:
         raise ModelBroken(fault.kind, fault.message, verify.AGAIN)
     if not found.weights:

@@ -101,7 +101,11 @@ def recognise(path: Path) -> Checkpoint:
     Raises ModelBroken (damaged, or no weight file) and ModelUnsupported (whole, but of no model of
     the family: the keys are unknown, or the layout of one family has the width of another).
     """
-    header = read_header(path)
+    return describe(path, read_header(path))
+
+
+def describe(path: Path, header: Header) -> Checkpoint:
+    """Like `recognise`, of a header that has been read."""
     tensors = header.tensors
     prefix = _prefix(tensors)
     keys = {key.removeprefix(prefix): stored for key, stored in tensors.items()}

@@ -22,6 +22,7 @@ from qwen_image_tool.types import Event, Value, VerifyProgress
 
 MAX_JSON = 32 << 20  # bytes; a tokenizer's file has 11 MB
 REPORT_EVERY = 64 << 20  # bytes between two events
+PAGE = 4096  # bytes that a disk is written by
 
 
 class Fault(Value):
@@ -38,14 +39,19 @@ def quick(folder: Path, record: Record | None, components: Iterable[str]) -> tup
     Without a record (a folder that somebody put there) the files are checked against their own
     headers and indexes alone.
     """
+    return faults_of(folder, record, read_components(folder, record, components))
+
+
+def faults_of(
+    folder: Path, record: Record | None, parts: dict[str, "Component"]
+) -> tuple[Fault, ...]:
+    """Like `quick`, of components that have been read."""
     faults = {fault.path: fault for fault in (_sizes(folder, record) if record else ())}
-    variants = [transformer_folder(name) for name in record.variants] if record else []
-    for name in dict.fromkeys((*components, *variants)):
-        if (folder / name).is_dir():
-            for fault in read_component(folder / name, f"{name}/").faults:
-                if fault.kind == "swapped":  # says more than that the size is another
-                    faults[fault.path] = fault
-                faults.setdefault(fault.path, fault)
+    for part in parts.values():
+        for fault in part.faults:
+            if fault.kind == "swapped":  # says more than that the size is another
+                faults[fault.path] = fault
+            faults.setdefault(fault.path, fault)
     return tuple(faults.values())
 
 
@@ -58,7 +64,19 @@ class Component:
     faults: tuple[Fault, ...]
 
 
-def read_component(folder: Path, prefix: str = "") -> Component:
+def read_components(
+    folder: Path, record: Record | None, components: Iterable[str]
+) -> dict[str, Component]:
+    """The sub-folders `components` that are there, and those of the transformer's variants."""
+    variants = [transformer_folder(name) for name in record.variants] if record else []
+    return {
+        name: _read_component(folder / name, f"{name}/")
+        for name in dict.fromkeys((*components, *variants))
+        if (folder / name).is_dir()
+    }
+
+
+def _read_component(folder: Path, prefix: str) -> Component:
     """Every weight file has a sound header, and holds the tensors its index says."""
     faults: list[Fault] = []
     headers: dict[str, Header] = {}
@@ -244,6 +262,13 @@ def _check_hash(
     return Fault(path=file.path, kind=kind, message=f"The file {path} {what}.")
 
 
+def _ends_in_zeros(path: Path) -> bool:
+    """As after a power cut: the last page was given to the file and never written."""
+    with path.open("rb") as file:
+        file.seek(-min(PAGE, path.stat().st_size), os.SEEK_END)
+        return not file.read().strip(b"\0")
+
+
 def _diagnose(
     path: Path, file: Kept, found: str, zeros: bool, record: Record
 ) -> tuple[FaultKind, str]:
@@ -253,6 +278,6 @@ def _diagnose(
         return "swapped", f"has the content of {twin}"
     if file.is_weights and (impostor := _impostor(path)):
         return impostor
-    if zeros:
+    if zeros or _ends_in_zeros(path):
         return "zero-filled", "has zeros where bytes were never written"
     return "changed", "has changed: its hash is not the published one"
