@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import ssl
+import subprocess
 import threading
 import time
 from collections import Counter
@@ -58,6 +59,9 @@ class LocalHub:
     bytes_per_second: float = 0
     piece: int = 16 << 10  # bytes sent at once
     ignore_range: bool = False
+    chunked: bool = False  # bodies without a length
+    holding: int = 0  # connections that stall now
+    go_on: threading.Event = field(default_factory=threading.Event)  # ends a stall
     gated: bool = False
     listing: bytes = b""  # answers every question for a list, where given
     endpoint: str = ""
@@ -187,7 +191,10 @@ class _Handler(BaseHTTPRequestHandler):
         if fault and fault.kind.startswith("length"):
             length += int(fault.kind[6:])
         self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(length))
+        if self.hub.chunked:
+            self.send_header("Transfer-Encoding", "chunked")
+        else:
+            self.send_header("Content-Length", str(length))
         self.send_header("Content-Type", "application/octet-stream")
         self.send_header("ETag", etag)
         if start:
@@ -199,15 +206,24 @@ class _Handler(BaseHTTPRequestHandler):
         stop = fault.at if fault and fault.kind in ("cut", "stall") else len(body)
         for at in range(0, min(stop, len(body)), self.hub.piece):
             piece = body[at : min(at + self.hub.piece, stop)]
-            self.wfile.write(piece)
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece) if self.hub.chunked else piece)
             with self.hub.lock:
                 self.hub.sent[name] += len(piece)
             if self.hub.bytes_per_second:
                 time.sleep(len(piece) / self.hub.bytes_per_second)
+        if self.hub.chunked:
+            self.wfile.write(b"0\r\n\r\n")
         if fault and fault.kind == "stall":
-            time.sleep(2)
+            self._hold()
         if fault and fault.kind.startswith(("cut", "stall", "length")):
             self.close_connection = True
+
+    def _hold(self) -> None:
+        with self.hub.lock:
+            self.hub.holding += 1
+        self.hub.go_on.wait(20)
+        with self.hub.lock:
+            self.hub.holding -= 1
 
     def _say(self, status: int, body: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)
@@ -224,6 +240,17 @@ class _Server(ThreadingHTTPServer):
 
     def handle_error(self, request: object, client_address: object) -> None:
         pass
+
+
+def make_certificate(folder: Path) -> Path:
+    """For 127.0.0.1, signed by itself, with its key."""
+    made = folder / "made.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+    command += ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    command += ["-keyout", str(made), "-out", str(folder / "cert")]
+    subprocess.run(command, check=True, capture_output=True)
+    made.write_bytes(made.read_bytes() + (folder / "cert").read_bytes())
+    return made
 
 
 def download(endpoint: str, models: str) -> None:
@@ -256,6 +283,7 @@ def serve(certificate: Path | None = None) -> Iterator[LocalHub]:
     try:
         yield hub
     finally:
+        hub.go_on.set()
         for server in servers:
             server.shutdown()
             server.server_close()

@@ -19,7 +19,7 @@ from qwen_image_tool import logs
 from qwen_image_tool.app import App
 from qwen_image_tool.cli.commands import run
 from qwen_image_tool.settings import load_settings
-from qwen_image_tool.types import Device
+from qwen_image_tool.types import Device, Rates
 from test_formats import DIT20, DIT21, sparse
 
 SHARD = "transformer/diffusion_pytorch_model.safetensors"
@@ -66,11 +66,12 @@ def lines(out: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in out.splitlines()]
 
 
-def test_from_download_to_removal(qit: Any, home: Path) -> None:
+def test_from_download_to_removal(qit: Any, home: Path, hub: LocalHub) -> None:
+    published = hub.repos["Qwen/Qwen-Image"]
     folder = home / "models" / "qwen-image"
     code, out, err = qit("download", "qwen-image")
     assert (code, out) == (0, f"{folder}\n")
-    assert "GB" in err
+    assert f"of {sum(map(len, published.values())) / 1e6:.1f} MB" in err
     code, out, _ = qit("list", "--json")
     state = {row["id"]: (row["state"], row["to_fetch"]) for row in json.loads(out)["models"]}
     assert state["qwen-image"] == ("ready", 0)
@@ -177,6 +178,12 @@ def test_recommendations_carry_their_reason() -> None:
     best = app.recommend(BIG)[0]
     assert (best.model, best.variant, best.runs) == ("qwen-image-2.1-turbo", "bf16", True)
     assert "fits" in best.reason
+    assert best.seconds is None, "the card's rates are not known"
+    rates = Rates(matmul=7e14, attention=3e14, memory=2e12, bus=5e10, pageable=1e10, disk=2e9)
+    timed = app.recommend(BIG.model_copy(update={"rates": rates}))[0]
+    assert timed.seconds
+    assert 1 < timed.seconds < 600
+    assert 14e9 < timed.vram_bytes < BIG.vram_bytes
     assert best.to_fetch == app.catalog.find("qwen-image-2.1-turbo").weight_bytes
     assert not any(each.runs for each in app.recommend(SMALL))
     assert "needs" in app.recommend(SMALL)[0].reason

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -13,13 +14,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, BinaryIO, cast
 
 import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
+from huggingface_hub import close_session
 
 import tiny
-from hub import Fault, LocalHub, download, is_lfs, serve
+from hub import Fault, LocalHub, download, is_lfs, make_certificate, serve
 from qwen_image_tool.catalog import Model, load_catalog
 from qwen_image_tool.errors import (
     BadRequest,
@@ -29,12 +32,14 @@ from qwen_image_tool.errors import (
     Paused,
 )
 from qwen_image_tool.store import locate
-from qwen_image_tool.store.download import Control, Effort
+from qwen_image_tool.store.download import Control, Effort, write_all
+from qwen_image_tool.store.headers import Header, read_header
 from qwen_image_tool.store.hub import Hub, connect, safe_name
 from qwen_image_tool.store.library import Library
 from qwen_image_tool.store.places import Elsewhere
 from qwen_image_tool.store.record import PRIVATE
 from qwen_image_tool.types import DownloadProgress, Event
+from test_formats import gguf
 
 CATALOG = load_catalog()
 T2I = CATALOG.find("qwen-image")
@@ -59,12 +64,14 @@ def repos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def hub(repos: Path) -> Iterator[LocalHub]:
+def hub(repos: Path, tmp_path: Path) -> Iterator[LocalHub]:
     with serve() as hub:
         for name in ("qwen-image", "qwen-image-2.1", "qwen-image-2.1-turbo"):
             hub.add_folder(CATALOG.find(name).repo, repos / name)
         hub.repos["Qwen/Qwen-Image-2512"] = dict(hub.repos["Qwen/Qwen-Image"])
-        hub.repos["city96/Qwen-Image-gguf"] = {"qwen-image-Q4_K_M.gguf": os.urandom(50_000)}
+        shapes = {"img_in.weight": (3072, 256), "txt_norm.weight": (3584,)}
+        quantised = gguf(tmp_path / "any.gguf", shapes).read_bytes()
+        hub.repos["city96/Qwen-Image-gguf"] = {"qwen-image-Q4_K_M.gguf": quantised}
         yield hub
 
 
@@ -219,6 +226,33 @@ def test_a_cut_download_fetches_no_byte_twice(hub: LocalHub, library: Library) -
         assert hub.sent[name] == len(data) or not is_lfs(name), name
 
 
+def test_a_file_that_changes_between_tries(hub: LocalHub, library: Library) -> None:
+    """What came of the old one is not gone on with as if it were the new one."""
+    hub.faults = [Fault("cut", 1, 20_000, match=SHARD), Fault("etag", 1, match=SHARD)]
+    with pytest.raises(DownloadFailed, match="another file on the server") as caught:
+        library.download(T2I)
+    assert caught.value.kind == "changed"
+    assert "--again" in caught.value.hint
+    assert_nothing_false(hub, library.folder(T2I), T2I)
+    library.download(T2I, again=True)
+    assert_whole(hub, library, T2I)
+
+
+def test_the_headers_are_read_once(
+    hub: LocalHub, library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library.download(T2I)
+    read: list[Path] = []
+
+    def counted(path: Path) -> Header:
+        read.append(path)
+        return read_header(path)
+
+    monkeypatch.setattr("qwen_image_tool.store.verify.read_header", counted)
+    locate("qwen-image", CATALOG, library.models)
+    assert sorted(read) == sorted(library.folder(T2I).rglob("*.safetensors"))
+
+
 def test_a_server_without_range_still_ends(hub: LocalHub, library: Library) -> None:
     hub.ignore_range = True
     hub.faults = [Fault("cut", 2, 30_000, match=SHARD)]
@@ -267,15 +301,28 @@ def test_unsafe_redirects_are_not_followed(
 
 
 def test_a_false_certificate_is_refused(repos: Path, tmp_path: Path) -> None:
-    made = tmp_path / "made.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
-    command += ["-subj", "/CN=127.0.0.1", "-keyout", str(made), "-out", str(tmp_path / "cert")]
-    subprocess.run(command, check=True, capture_output=True)
-    made.write_bytes(made.read_bytes() + (tmp_path / "cert").read_bytes())
+    made = make_certificate(tmp_path)
     with serve(made) as hub, pytest.raises(DownloadFailed) as caught:
         library_of(hub.endpoint, tmp_path / "models").download(T2I)
     assert caught.value.kind == "tls"
     assert "SSL_CERT_FILE" in caught.value.hint
+
+
+def test_over_tls(repos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are read from the TLS socket itself; a cut connection is gone on with."""
+    certificate = make_certificate(tmp_path)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    close_session()  # the client reads the variable when it is made
+    with serve(certificate) as hub:
+        hub.add_folder(T2I.repo, repos / "qwen-image")
+        hub.faults = [Fault("cut", 2, 30_000, match=SHARD)]
+        library = library_of(hub.endpoint, tmp_path / "models")
+        library.download(T2I)
+        assert_whole(hub, library, T2I)
+        assert sum(hub.sent[name] for name in published(hub, T2I) if is_lfs(name)) == sum(
+            len(data) for name, data in published(hub, T2I).items() if is_lfs(name)
+        )
+    close_session()
 
 
 def test_no_connection_at_all(tmp_path: Path) -> None:
@@ -355,6 +402,65 @@ def test_a_disk_that_fills_up_meanwhile(
     assert_whole(hub, library, T2I)
 
 
+def test_the_disk_is_looked_at_meanwhile(hub: LocalHub, small_disk: Path) -> None:
+    """What another program takes is noticed before the last byte is gone."""
+    subprocess.run(["mount", "-o", "remount,size=3m", str(small_disk)], check=True)
+    library = library_of(hub.endpoint, small_disk)
+    library._effort = Effort(look_every=0.05)
+    hub.bytes_per_second = 200_000
+    other = small_disk / "other"
+
+    def fill() -> None:
+        other.write_bytes(bytes(shutil.disk_usage(small_disk).free - 300_000))
+
+    begun = when(lambda: sum(hub.sent.values()) > 50_000, fill)
+    with begun, pytest.raises(DownloadFailed, match="still to come") as caught:
+        library.download(T2I)
+    assert caught.value.kind == "disk full"
+    hub.bytes_per_second = 0
+    other.unlink()
+    kept = _sizes(library.folder(T2I) / PRIVATE / "partial")
+    hub.requests.clear()
+    library.download(T2I)
+    assert_resumed(hub, kept)
+    assert_whole(hub, library, T2I)
+
+
+def test_what_is_here_already_takes_no_space_again(hub: LocalHub, small_disk: Path) -> None:
+    """Resuming needs room for the rest alone."""
+    subprocess.run(["mount", "-o", "remount,size=3m", str(small_disk)], check=True)
+    library = library_of(hub.endpoint, small_disk)
+    hub.bytes_per_second = 200_000
+    control = Control()
+    with when(lambda: sum(hub.sent.values()) > 300_000, control.pause), pytest.raises(Paused):
+        library.download(T2I, control=control)
+    hub.bytes_per_second = 0
+    have = sum(p.stat().st_size for p in small_disk.rglob("*") if p.is_file())
+    rest = sum(map(len, published(hub, T2I).values())) - have
+    free = shutil.disk_usage(small_disk).free
+    (small_disk / "other").write_bytes(bytes(free - rest - 200_000))
+    assert have > 250_000
+    library.download(T2I)
+    assert_whole(hub, library, T2I)
+
+
+class _AlmostFull(io.RawIOBase):
+    """Takes three bytes at a time, as an unbuffered file may."""
+
+    def __init__(self) -> None:
+        self.taken = b""
+
+    def write(self, piece: Any) -> int:
+        self.taken += bytes(piece[:3])
+        return min(3, len(piece))
+
+
+def test_a_short_write_is_gone_on_with() -> None:
+    stream = _AlmostFull()
+    write_all(cast(BinaryIO, stream), memoryview(b"0123456789"))
+    assert stream.taken == b"0123456789"
+
+
 def test_a_folder_that_can_not_be_written(hub: LocalHub, tmp_path: Path) -> None:
     (tmp_path / "models").write_text("a file, not a folder")
     with pytest.raises(DownloadFailed) as caught:
@@ -375,6 +481,24 @@ def test_pause_and_resume(hub: LocalHub, library: Library) -> None:
     hub.requests.clear()
     library.download(T2I)
     assert_resumed(hub, kept)
+    assert_whole(hub, library, T2I)
+
+
+def test_a_pause_ends_a_stall(hub: LocalHub, tmp_path: Path) -> None:
+    """Not only when the patience with the server is over."""
+    hub.faults = [Fault("stall", 99, 20_000, match=SHARD)]
+    patient = Hub(hub.endpoint, local=True, stall_seconds=600)
+    library = Library(CATALOG, tmp_path / "models", lambda: patient, None, QUICK)
+    control = Control()
+    with when(lambda: hub.holding, control.pause), pytest.raises(Paused):
+        library.download(T2I, control=control)
+    assert hub.holding, "the server has not given up"
+    assert sum(_sizes(library.folder(T2I) / PRIVATE / "partial").values()) >= 20_000
+
+
+def test_bodies_without_a_length(hub: LocalHub, library: Library) -> None:
+    hub.chunked = True
+    library.download(T2I)
     assert_whole(hub, library, T2I)
 
 
@@ -520,8 +644,8 @@ def test_the_licence_is_asked_once_and_remembered(hub: LocalHub, library: Librar
 def test_a_variant_is_the_named_file_or_an_error(hub: LocalHub, library: Library) -> None:
     folder = library.download(T2I, "q4_k_m")
     assert (folder / "variants" / "Q4_K_M" / "qwen-image-Q4_K_M.gguf").is_file()
-    assert (folder / "transformer" / "config.json").is_file()
-    assert not list((folder / "transformer").glob("*.safetensors"))
+    assert (folder / "variants" / "Q4_K_M" / "config.json").is_file()
+    assert not (folder / "transformer").exists()
     with pytest.raises(BadRequest, match="only Q4_K_M is here"):
         locate("qwen-image", CATALOG, library.models)
     with pytest.raises(DownloadFailed, match=r"has no qwen-image-Q5_K_M\.gguf"):
@@ -530,7 +654,8 @@ def test_a_variant_is_the_named_file_or_an_error(hub: LocalHub, library: Library
         library.download(T2I, "Q4_K_N")
     library.download(T2I)
     assert locate("qwen-image", CATALOG, library.models).folder == folder
-    assert library.remove(T2I, "Q4_K_M") == 50_000
+    assert library.remove(T2I, "Q4_K_M") > 3072 * 256 / 2
+    assert not (folder / "variants" / "Q4_K_M").exists()
     assert_whole(hub, library, T2I)
 
 
@@ -580,6 +705,20 @@ def test_fifty_kills_lose_nothing_and_claim_nothing(hub: LocalHub, tmp_path: Pat
     library.download(T2I)
     assert_whole(hub, library, T2I)
     assert (lost, false_complete) == (0, 0)
+
+
+@contextlib.contextmanager
+def when(happened: Callable[[], object], act: Callable[[], None]) -> Iterator[None]:
+    """Beside what is done within: `act`, as soon as it `happened`."""
+
+    def watch() -> None:
+        _wait_for(happened)
+        act()
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    yield
+    watching.join()
 
 
 def _sizes(folder: Path) -> dict[str, int]:

@@ -91,7 +91,7 @@ def append(path: Path) -> None:
 DAMAGE: dict[str, tuple[Callable[[Path], None], str, bool]] = {
     "truncated": (truncate, "truncated", True),
     "zeros": (all_zeros, "zero-filled", True),
-    "zeros at the end": (zeros_at_the_end, "changed", False),
+    "zeros at the end": (zeros_at_the_end, "zero-filled", False),
     "bit": (flip_a_bit, "changed", False),
     "header bit": (flip_the_length, "header", True),
     "web page": (web_page, "web page", True),
@@ -178,10 +178,15 @@ def test_a_full_check_can_be_stopped(library: Library) -> None:
         library.verify(MODEL, full=True, is_cancelled=lambda: True)
 
 
-def test_a_broken_record_is_said(library: Library) -> None:
+def test_a_broken_record_is_said_and_stops_nothing_else(hub: LocalHub, library: Library) -> None:
     record_path(library.folder(MODEL)).write_text("{")
     with pytest.raises(ModelBroken, match="record"):
         library.verify(MODEL)
+    assert library.to_fetch(MODEL) == MODEL.weight_bytes
+    library.download(MODEL, again=True)
+    assert library.verify(MODEL, full=True) == ()
+    record_path(library.folder(MODEL)).write_text("{")
+    assert library.remove(MODEL) > 0
 
 
 def test_what_is_not_there(library: Library) -> None:

@@ -39,7 +39,9 @@ SEEDS = 2**32  # random seeds stay short enough to read out
 
 
 class Advice(Value):
-    """A variant of a model for one machine. `to_fetch`: bytes a download would take."""
+    """A variant of a model for one machine. `to_fetch`: bytes a download would take. `seconds` of
+    a picture with the model's own settings, where the planner can tell; `ram_bytes` and
+    `vram_bytes` at its peak."""
 
     model: str
     variant: str
@@ -47,6 +49,9 @@ class Advice(Value):
     runs: bool
     reason: str
     to_fetch: int
+    seconds: float | None = None
+    ram_bytes: int = 0
+    vram_bytes: int = 0
 
 
 def never() -> bool:
@@ -103,6 +108,7 @@ class App:
             "to_fetch": 0 if state == "ready" else self.library.to_fetch(model),
             "state": state,
             "why": why,
+            "variants": list(self.library.variants(model)),
         }
 
     def plan(self, request: Request, on: Device | None = None) -> tuple[Request, Plan]:
@@ -147,16 +153,19 @@ class App:
             except CannotRun as error:
                 why = why or str(error)
                 continue
-            return self._advice(model, name, runs=True, reason=found.reasons[0])
-        return self._advice(model, "bf16", runs=False, reason=why)
+            return self._advice(model, name, found, found.reasons[0])
+        return self._advice(model, "bf16", None, why)
 
-    def _advice(self, model: Model, variant: str, runs: bool, reason: str) -> "Advice":
+    def _advice(self, model: Model, variant: str, plan: Plan | None, reason: str) -> "Advice":
         return Advice(
             model=model.id,
             variant=variant,
             released=model.released,
-            runs=runs,
+            runs=plan is not None,
             reason=reason,
+            seconds=plan.seconds if plan else None,
+            ram_bytes=plan.ram_bytes if plan else 0,
+            vram_bytes=plan.vram_bytes if plan else 0,
             to_fetch=0 if self._is_ready(model) else self.library.to_fetch(model, variant),
         )
 

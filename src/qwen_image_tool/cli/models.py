@@ -10,7 +10,7 @@ import typer
 
 from qwen_image_tool.app import App
 from qwen_image_tool.catalog import Model
-from qwen_image_tool.cli.screen import Screen
+from qwen_image_tool.cli.screen import Screen, duration, gib
 from qwen_image_tool.errors import BadRequest, DownloadFailed, LicenceNotAccepted, ToolError
 from qwen_image_tool.settings import load_settings
 from qwen_image_tool.store.download import Control
@@ -66,8 +66,14 @@ def recommend(as_json: Json = False) -> None:
         screen.json({"models": [each.model_dump(mode="json") for each in advice]})
         return
     for each in advice:
-        fetch = f"{each.to_fetch / 1e9:.1f} GB to fetch" if each.to_fetch else "is here"
-        screen.line(f"{each.model} ({each.variant}): {fetch}. {each.reason}")
+        says = [f"{each.to_fetch / 1e9:.1f} GB to fetch" if each.to_fetch else "is here"]
+        if each.runs:
+            says.append(f"needs {gib(each.ram_bytes)} of RAM")
+        if each.vram_bytes:
+            says.append(f"{gib(each.vram_bytes)} of GPU memory")
+        if each.seconds:
+            says.append(f"about {duration(each.seconds)} a picture")
+        screen.line(f"{each.model} ({each.variant}): {', '.join(says)}. {each.reason}")
 
 
 @models.command()
@@ -180,7 +186,12 @@ def import_file(
         )
     entry = app.catalog.find(model) if model else fitting[0]
     target = app.library.import_file(path, entry)
-    _done(Screen(as_json), as_json, str(target), path=str(target), checkpoint=found.to_dict())
+    screen = Screen(as_json)
+    _done(screen, as_json, str(target), path=str(target), checkpoint=found.to_dict())
+    if found.unsupported:
+        screen.note(f"It can't run yet. {found.unsupported}")
+    else:
+        screen.note(f"`qit models download {entry.id}` fetches what the model needs beside it.")
 
 
 @models.command()

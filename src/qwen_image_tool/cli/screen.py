@@ -5,19 +5,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TransferSpeedColumn,
-)
-from rich.progress import TimeRemainingColumn as Remaining
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -28,6 +20,7 @@ from qwen_image_tool.gallery import ImageInfo
 from qwen_image_tool.types import (
     DownloadProgress,
     Event,
+    Loading,
     Notice,
     PhaseStarted,
     Plan,
@@ -156,6 +149,7 @@ class Screen:
             {
                 "Model": f"{model.name} ({model.id})",
                 "State": described["why"] or described["state"],
+                "Here": ", ".join(described["variants"]),
                 "From": model.repo,
                 "Released": model.released,
                 "Licence": f"{licence.name}, "
@@ -199,42 +193,41 @@ class Screen:
 
     @contextmanager
     def transfer(self) -> Iterator[Callable[[Event], None]]:
-        """Receives the events of a download or a check: a bar on a terminal, a plain line every
-        two seconds elsewhere, every event as a line of JSON where that was asked for."""
+        """Like `progress`; every event is a line of JSON where that was asked for."""
         if self.as_json:
             yield lambda event: self.json(event.to_dict())
-        elif self.notes.is_terminal:
+        else:
+            with self.progress() as show:
+                yield show
+
+    @contextmanager
+    def progress(self) -> Iterator[Callable[[Event], None]]:
+        """Receives events: a bar on a terminal, elsewhere a plain line every two seconds."""
+        if self.notes.is_terminal:
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(),
-                DownloadColumn(),
-                TransferSpeedColumn(),
-                Remaining(),
+                TextColumn("{task.fields[text]}"),
             )
             with Progress(*columns, console=self.notes, transient=True) as progress:
-                yield _TransferBar(self, progress)
-        else:
-            yield _TransferLines(self)
-
-    @contextmanager
-    def progress(self) -> Iterator["_Bar | _Lines"]:
-        """Receives events: a bar on a terminal, plain lines elsewhere."""
-        if self.notes.is_terminal:
-            with Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[speed]}"),
-                Remaining(),
-                console=self.notes,
-                transient=True,
-            ) as progress:
                 yield _Bar(self, progress)
         else:
             yield _Lines(self)
 
 
+@dataclass(frozen=True)
+class _Standing:
+    """How far something is, in steps or bytes."""
+
+    done: int
+    total: int
+    text: str
+    title: str = ""
+
+
 class _Bar:
+    """One bar, for the phase or the transfer that is under way."""
+
     def __init__(self, screen: Screen, progress: Progress) -> None:
         self._screen, self._progress = screen, progress
         self._task: TaskID | None = None
@@ -243,13 +236,18 @@ class _Bar:
         if isinstance(event, Notice):
             self._screen.note(event.text)
         elif isinstance(event, PhaseStarted):
-            if self._task is not None:
-                self._progress.remove_task(self._task)
-            self._task = self._progress.add_task(PHASES[event.phase], total=None, speed="")
-        elif isinstance(event, Stepped) and self._task is not None:
+            self._begin(PHASES[event.phase])
+        elif standing := _standing(event):
+            task = self._begin(standing.title) if self._task is None else self._task
             self._progress.update(
-                self._task, completed=event.step, total=event.steps, speed=_speed(event.seconds)
+                task, completed=standing.done, total=standing.total, text=standing.text
             )
+
+    def _begin(self, title: str) -> TaskID:
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+        self._task = self._progress.add_task(title, total=None, text="")
+        return self._task
 
 
 class _Lines:
@@ -262,56 +260,32 @@ class _Lines:
             self._screen.note(event.text)
         elif isinstance(event, PhaseStarted):
             self._screen.note(f"{PHASES[event.phase]} ...")
-        elif not isinstance(event, Stepped):
-            return
-        elif event.step == event.steps or time.monotonic() - self._last > QUIET_SECONDS:
-            self._last = time.monotonic()
-            left = event.seconds * (event.steps - event.step)
-            self._screen.note(
-                f"  step {event.step}/{event.steps}, {_speed(event.seconds)}, {left:.0f} s left"
-            )
-
-
-class _TransferBar:
-    def __init__(self, screen: Screen, progress: Progress) -> None:
-        self._screen, self._progress = screen, progress
-        self._task: TaskID | None = None
-
-    def __call__(self, event: Event) -> None:
-        if isinstance(event, Notice):
-            self._screen.note(event.text)
-        elif isinstance(event, DownloadProgress | VerifyProgress):
-            if self._task is None:
-                self._task = self._progress.add_task(event.model, total=event.total_bytes)
-            self._progress.update(self._task, completed=event.done_bytes)
-
-
-class _TransferLines:
-    def __init__(self, screen: Screen) -> None:
-        self._screen = screen
-        self._last = 0.0
-
-    def __call__(self, event: Event) -> None:
-        if isinstance(event, Notice):
-            self._screen.note(event.text)
-        elif isinstance(event, DownloadProgress | VerifyProgress):
+        elif standing := _standing(event):
             now = time.monotonic()
-            if event.done_bytes >= event.total_bytes or now - self._last > QUIET_SECONDS:
+            if standing.done >= standing.total or now - self._last > QUIET_SECONDS:
                 self._last = now
-                self._screen.note(f"  {event.model}: {_transferred(event)}")
+                self._screen.note(f"  {standing.title and standing.title + ': '}{standing.text}")
 
 
-def _transferred(event: DownloadProgress | VerifyProgress) -> str:
-    text = f"{event.done_bytes / 1e9:.2f} of {event.total_bytes / 1e9:.2f} GB"
-    if isinstance(event, DownloadProgress) and event.bytes_per_second:
-        text += f", {event.bytes_per_second / 1e6:.1f} MB/s"
-        if event.seconds_left:
-            text += f", {event.seconds_left:.0f} s left"
-    return text
+def _standing(event: Event) -> _Standing | None:
+    if isinstance(event, Stepped):
+        left = event.seconds * (event.steps - event.step)
+        text = f"step {event.step}/{event.steps}, {event.seconds:.2f} s/step, {duration(left)} left"
+        return _Standing(event.step, event.steps, text)
+    if isinstance(event, Loading | DownloadProgress | VerifyProgress) and event.total_bytes:
+        text = f"{amount(event.done_bytes)} of {amount(event.total_bytes)}"
+        title = "" if isinstance(event, Loading) else event.model
+        if isinstance(event, DownloadProgress) and event.bytes_per_second:
+            text += f", {event.bytes_per_second / 1e6:.1f} MB/s"
+            text += f", {duration(event.seconds_left)} left" if event.seconds_left else ""
+        return _Standing(event.done_bytes, event.total_bytes, text, title)
+    return None
 
 
-def _speed(seconds: float) -> str:
-    return f"{seconds:.2f} s/step"
+def duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def amount(size: int) -> str:

@@ -212,12 +212,12 @@ class _Parts:
             if plan.single_frame:
                 vae.make_single_frame(self.vae)
             self.transformer = family.Transformer(
-                folder / "transformer",
+                installed.transformer,
                 plan.placement,
                 self.device,
                 self.dtype,
                 reader,
-                self._tensor_cache("modulation", folder / "transformer", MODULATION_LIMIT),
+                self._tensor_cache("modulation", installed.transformer, MODULATION_LIMIT),
             )
         except torch.OutOfMemoryError:
             raise

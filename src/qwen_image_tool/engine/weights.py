@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from qwen_image_tool.errors import Cancelled, ModelMissing
+from qwen_image_tool.store.formats import model_keys
 
 ALIGNMENT = 256  # bytes; what CUDA's vectorised loads and cuBLAS ask of a tensor's start
 PIECE = 16 << 20  # bytes of one read: large enough for a disk, small enough to cancel
@@ -61,9 +62,16 @@ class Stored:
         size = self.bytes // self.shape[0]
         return replace(self, offset=self.offset + number * size, bytes=size, shape=self.shape[1:])
 
+    def share(self, name: str, number: int, count: int) -> "Stored":
+        """Share `number` of the rows, of `count` equal ones, as the tensor `name`."""
+        size = self.bytes // count
+        shape = (*(rows // count for rows in self.shape[:1]), *self.shape[1:])
+        return replace(self, name=name, offset=self.offset + number * size, bytes=size, shape=shape)
+
 
 class Checkpoint:
-    """The tensors of one component's folder. Headers are read and checked; no tensor is.
+    """The tensors of one component's folder under diffusers' names, also where its file is laid out
+    as ComfyUI's are. Headers are read and checked; no tensor is.
 
     Raises ModelMissing that names the file: a shard that is not there, one cut short, a header that
     lies outside its file, an index that names a tensor which no shard has.
@@ -71,17 +79,21 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.tensors: dict[str, Stored] = {}
+        stored: dict[str, Stored] = {}
         indexes = sorted(folder.glob("*.safetensors.index.json"))
         wanted = _read_index(indexes[0]) if indexes else {}
         files = {folder / name for name in wanted.values()} or set(folder.glob("*.safetensors"))
         if not files:
             raise ModelMissing(f"There are no weights in {folder}.", AGAIN)
         for file in sorted(files):
-            self.tensors |= {stored.name: stored for stored in _read_header(file)}
-        lost = sorted(set(wanted) - set(self.tensors))
+            stored |= {tensor.name: tensor for tensor in _read_header(file)}
+        lost = sorted(set(wanted) - set(stored))
         if lost:
             raise ModelMissing(f"{folder}: the shards have no tensor {lost[0]}.", AGAIN)
+        self.tensors = {
+            name: stored[share.key].share(name, share.number, share.count)
+            for name, share in model_keys(stored).items()
+        }
 
     def __getitem__(self, name: str) -> Stored:
         try:

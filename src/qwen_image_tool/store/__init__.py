@@ -12,10 +12,13 @@ from pydantic import Field
 from qwen_image_tool.catalog import DEFAULT_MODEL, Catalog, Family, Model, did_you_mean
 from qwen_image_tool.errors import BadRequest, ModelBroken, ModelMissing, ModelUnsupported
 from qwen_image_tool.store import verify
-from qwen_image_tool.store.headers import read_header
+from qwen_image_tool.store.formats import describe
+from qwen_image_tool.store.headers import Header
 from qwen_image_tool.store.places import Elsewhere
-from qwen_image_tool.store.record import read_record
+from qwen_image_tool.store.record import OWN, Record, read_record, transformer_folder
 from qwen_image_tool.types import Value
+
+Parts = dict[str, verify.Component]  # by their sub-folder
 
 # The catalogue rows whose settings an unlisted local folder takes
 LOCAL_20B, LOCAL_21, LOCAL_TURBO = "qwen-image", "qwen-image-2.1", "qwen-image-2.1-turbo"
@@ -33,14 +36,21 @@ class Blocks(Value):
 
 
 class Installed(Value):
-    """A model that is on this computer. `bytes` maps each component to the size of its weights."""
+    """A model that is on this computer. `bytes` maps each component to the size of its weights,
+    the transformer's as it is held: in bfloat16."""
 
     model: Model
     folder: Path
+    variant: str = Field(default=OWN, description="Of the transformer")
     bytes: dict[str, int]
     blocks: Blocks = Field(description="Of the transformer")
     text_layers: Blocks = Field(description="Of the text encoder's language model")
     vae_parameters: int = Field(description="How many; published as bfloat16 or float32")
+
+    @property
+    def transformer(self) -> Path:
+        """The folder with the transformer's configuration and weights."""
+        return self.folder / transformer_folder(self.variant)
 
     @property
     def weight_bytes(self) -> int:
@@ -87,17 +97,32 @@ def locate(
 
 def _inspect_own(folder: Path, model: Model) -> Installed:
     record = read_record(folder)
-    faults = verify.quick(folder, record, model.components) if record else ()
-    for fault in faults:
+    if record is None:
+        return inspect(folder, model)
+    parts = verify.read_components(folder, record, model.components)
+    for fault in verify.faults_of(folder, record, parts):
         hint = f"`qit models {'download' if fault.kind == 'interrupted' else 'repair'} {model.id}`"
         raise ModelBroken(fault.kind, fault.message, f"{hint} fetches what is needed.")
-    if record and "bf16" not in record.variants:
-        raise ModelUnsupported(
-            f"Of {model.name} only {', '.join(record.variants)} is here, and this version runs"
-            " bf16.",
-            f"`qit models download {model.id}` adds it.",
-        )
-    return inspect(folder, model)
+    return inspect(folder, model, _running(folder, record, model, parts), parts)
+
+
+def _running(folder: Path, record: Record, model: Model, parts: Parts) -> str:
+    """The variant that runs: the model's own, else the first that this version can run."""
+    hint = f"`qit models download {model.id}` fetches what is needed."
+    if OWN in record.variants:
+        return OWN
+    if not record.variants:
+        raise ModelMissing(f"Of {model.name} only {', '.join(record.imported)} is here.", hint)
+    why = ""
+    for name in record.variants:
+        [(file, header)] = parts[transformer_folder(name)].weights.items()
+        found = describe(folder / transformer_folder(name) / file, header)
+        if not found.unsupported:
+            return name
+        why = why or found.unsupported
+    raise ModelUnsupported(
+        f"Of {model.name} only {', '.join(record.variants)} is here. {why}", hint
+    )
 
 
 def expect(
@@ -126,8 +151,11 @@ def as_published(model: Model, transformer_bytes: int | None = None) -> Installe
     )
 
 
-def inspect(folder: Path, model: Model) -> Installed:
-    """Check that every component of `model` is whole in `folder`, without reading any tensor.
+def inspect(
+    folder: Path, model: Model, variant: str = OWN, parts: Parts | None = None
+) -> Installed:
+    """Check that every component of `model` is whole in `folder`, without reading any tensor;
+    `variant` says which transformer. `parts`: its components, where they have been read.
 
     A schedule of the folder's own takes the place of the model's. Raises ModelMissing that names
     the first file which is not there, ModelUnsupported where the folder holds another kind of
@@ -140,15 +168,23 @@ def inspect(folder: Path, model: Model) -> Installed:
             f"{folder} holds a {found}, and this version runs {model.pipeline} folders.",
             "Choose the folder of a text-to-image Qwen-Image model.",
         )
+    places = {name: name for name in model.components}
+    places["transformer"] = transformer_folder(variant)
+    parts = parts or verify.read_components(folder, None, places.values())
+    headers = {name: _headers(folder / at, name, parts.get(at)) for name, at in places.items()}
+    sizes = {name: sum(header.size for header in found) for name, found in headers.items()}
     return Installed(
         model=_with_sigmas(model, index.get("sample_sigmas"), folder),
         folder=folder,
-        bytes={name: _component_bytes(folder / name, name) for name in model.components},
-        blocks=blocks_of(verify.read_json(folder / "transformer" / "config.json"), model.family),
+        variant=variant,
+        bytes=sizes | {"transformer": _as_bfloat16(headers["transformer"])},
+        blocks=blocks_of(
+            verify.read_json(folder / places["transformer"] / "config.json"), model.family
+        ),
         text_layers=text_layers_of(
             verify.read_json(folder / "text_encoder" / "config.json"), model.family
         ),
-        vae_parameters=_parameters(folder / "vae"),
+        vae_parameters=_parameters(headers["vae"]),
     )
 
 
@@ -247,9 +283,12 @@ def _local_row(index: dict[str, Any]) -> str:
     return LOCAL_TURBO if index.get("sample_sigmas") else LOCAL_21
 
 
-def _component_bytes(folder: Path, name: str) -> int:
-    """Bytes of a component's weights; 0 where it has none (tokenizer, processor, scheduler)."""
-    if not folder.is_dir():
+def _headers(folder: Path, name: str, found: verify.Component | None) -> list[Header]:
+    """Of a component's weight files; none for the tokenizer, the processor and the scheduler.
+
+    Raises ModelMissing and ModelBroken.
+    """
+    if found is None:
         raise ModelMissing(
             f"The component {name!r} is missing: there is no folder {folder}.", verify.AGAIN
         )
@@ -260,25 +299,19 @@ def _component_bytes(folder: Path, name: str) -> int:
     }
     verify.read_json(folder / config.get(name, "config.json"))
     if name in config:
-        return 0
-    for fault in verify.check_component(folder):
+        return []
+    for fault in found.faults:
         raise ModelBroken(fault.kind, fault.message, verify.AGAIN)
-    files = sorted(_weight_files(folder))
-    for file in files:
-        if not file.is_file():
-            raise ModelMissing(f"The file {file} is missing.", verify.AGAIN)
-    return sum(file.stat().st_size for file in files)
+    if not found.weights:
+        raise ModelMissing(f"The file {folder / 'model.safetensors'} is missing.", verify.AGAIN)
+    return list(found.weights.values())
 
 
-def _parameters(folder: Path) -> int:
-    headers = (read_header(file) for file in _weight_files(folder))
+def _parameters(headers: list[Header]) -> int:
     return sum(math.prod(t.shape) for header in headers for t in header.tensors.values())
 
 
-def _weight_files(folder: Path) -> set[Path]:
-    """The safetensors files of a component: what its index names, else the single file."""
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
-    if indexes:
-        names = set(verify.read_json(indexes[0])["weight_map"].values())
-        return {folder / Path(name).name for name in names}
-    return set(folder.glob("*.safetensors")) or {folder / "model.safetensors"}
+def _as_bfloat16(headers: list[Header]) -> int:
+    """Bytes of the files if all they hold were in bfloat16."""
+    stored = sum(t.bytes for header in headers for t in header.tensors.values())
+    return sum(header.size for header in headers) - stored + 2 * _parameters(headers)

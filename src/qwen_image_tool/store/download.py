@@ -6,7 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,20 +21,21 @@ from qwen_image_tool.types import DownloadProgress, Event
 
 SPEED_WINDOW = 15.0  # seconds that the speed is an average of
 REPORT_EVERY = 0.25  # seconds between two events
-UNCOUNTED = 8  # pieces of up to 64 KiB
 SPARE = 0.01  # of what is still to come: left free on the disk
 AGAIN = "What came is kept: the same command goes on from there."
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How hard to try: tries in a row that bring no byte, seconds between them, files at once."""
+    """How hard to try: tries in a row that bring no byte, seconds between them, files at once;
+    and seconds between two looks at the disk's free space."""
 
     tries: int = 8
     first_wait: float = 1.0
     longest_wait: float = 60.0
     bad_hashes: int = 2
     parallel: int = 4
+    look_every: float = 1.0
 
 
 @dataclass
@@ -118,7 +119,7 @@ def fetch(
     Raises DownloadFailed, Paused or Cancelled after all threads have stopped; what came is kept.
     """
     wanted = sorted(files, key=lambda file: file.size)
-    check_space(folder, sum(file.size - _have(folder, file) for file in wanted))
+    check_space(folder, _to_come(folder, wanted))
     halt = Control(control.reason, threading.Event())
     with ThreadPoolExecutor(effort.parallel, thread_name_prefix="download") as pool:
         jobs = [
@@ -126,7 +127,8 @@ def fetch(
             for file in wanted
         ]
         try:
-            wait(jobs, return_when=FIRST_EXCEPTION)
+            while wait(jobs, effort.look_every, FIRST_EXCEPTION).not_done and not _failed(jobs):
+                check_space(folder, _to_come(folder, wanted))
         finally:
             halt.pause()  # one failed, or the user pressed Ctrl-C: the others keep what they have
             pool.shutdown(wait=True, cancel_futures=True)
@@ -136,7 +138,8 @@ def fetch(
 
 def check_space(folder: Path, needed: int) -> None:
     """Raises DownloadFailed where the disk of `folder` can't take `needed` more bytes."""
-    free = shutil.disk_usage(folder).free
+    with _disk_errors(folder):
+        free = shutil.disk_usage(folder).free
     needed += int(needed * SPARE)
     if needed > free:
         raise DownloadFailed(
@@ -147,6 +150,10 @@ def check_space(folder: Path, needed: int) -> None:
         )
 
 
+def _failed(jobs: Iterable[Future[None]]) -> bool:
+    return any(job.done() and job.exception() for job in jobs)
+
+
 def _raise_first(errors: list[BaseException | None]) -> None:
     """What went wrong first; that the others were told to stop says nothing."""
     found = [error for error in errors if error is not None]
@@ -154,9 +161,18 @@ def _raise_first(errors: list[BaseException | None]) -> None:
         raise error
 
 
-def _have(folder: Path, file: Kept) -> int:
+def _to_come(folder: Path, files: Iterable[Kept]) -> int:
+    """Bytes that the disk has yet to take; those in temporary files are there already."""
+    return sum(
+        max(0, file.size - _size(partial_path(folder, file)))
+        for file in files
+        if _size(folder / file.path) != file.size
+    )
+
+
+def _size(path: Path) -> int:
     try:
-        return partial_path(folder, file).stat().st_size
+        return path.stat().st_size
     except OSError:
         return 0
 
@@ -194,8 +210,6 @@ class _File:
         self._fruitless = 0
         self._bad_hashes = 0
         self._digest = Digest(file)
-        self._uncounted: list[bytes] = []
-        self._counted = 0.0
 
     def get(self) -> None:
         """Raises DownloadFailed, Paused or Cancelled."""
@@ -246,31 +260,19 @@ class _File:
             self._file.source, self._file.size, self._file.sha256, self._file.git_sha1
         )
         with self._hub.open(self._file.repo, self._file.revision, remote, self._size) as body:
-            try:
-                for chunk in _from_offset(body, self._size):
-                    self._take(stream, chunk[: self._file.size - self._size])
-                    if self._size == self._file.size:
-                        return
-            finally:
-                self._count()
-        if self._size < self._file.size:
-            raise Transient("network", f"the server stopped in the middle of {self._file.path}")
+            for piece in _from_offset(body, self._size):
+                self._control.check()
+                self._take(stream, piece[: self._file.size - self._size])
+                if self._size == self._file.size:
+                    return
+        raise Transient("network", f"the server stopped in the middle of {self._file.path}")
 
-    def _take(self, stream: BinaryIO, piece: bytes) -> None:
-        """To disk at once; hashed and counted several at a time, which costs the threads less."""
-        self._control.check()
-        stream.write(piece)
+    def _take(self, stream: BinaryIO, piece: memoryview) -> None:
+        """To disk before it counts as here: so it is here after a kill as well."""
+        self._digest.update(piece)
+        write_all(stream, piece)
         self._size += len(piece)
-        self._uncounted.append(piece)
-        if len(self._uncounted) >= UNCOUNTED or time.monotonic() - self._counted > REPORT_EVERY:
-            self._count()
-
-    def _count(self) -> None:
-        for piece in self._uncounted:
-            self._digest.update(piece)
-        self._progress.got(sum(map(len, self._uncounted)), self._file.path)
-        self._uncounted.clear()
-        self._counted = time.monotonic()
+        self._progress.got(len(piece), self._file.path)
 
     def _prove(self) -> None:
         if self._digest.agrees:
@@ -309,16 +311,19 @@ class _File:
         ) from error
 
 
-def _from_offset(body: Body, offset: int) -> Iterator[bytes]:
+def write_all(stream: BinaryIO, piece: memoryview) -> None:
+    """An unbuffered file takes less than it is given where the disk is nearly full."""
+    while piece:
+        piece = piece[stream.write(piece) :]
+
+
+def _from_offset(body: Body, offset: int) -> Iterator[memoryview]:
     """The bytes from `offset` on, where the server began earlier than asked."""
     behind = offset - body.start
-    for chunk in body.chunks:
-        if behind >= len(chunk):
-            behind -= len(chunk)
-            yield b""
-        else:
-            yield chunk[behind:]
-            behind = 0
+    for piece in body.pieces:
+        known = min(behind, len(piece))
+        behind -= known
+        yield piece[known:]
 
 
 @contextmanager

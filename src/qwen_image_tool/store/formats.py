@@ -4,7 +4,8 @@ The layouts are those of diffusers, ComfyUI and ggml's tools; what can't be read
 all the same, so that it can be refused with the reason.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -13,10 +14,13 @@ from qwen_image_tool.errors import BadRequest, ModelUnsupported
 from qwen_image_tool.store.headers import Header, Stored, read_header
 from qwen_image_tool.types import Value
 
-PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "transformer.", "vae.", "model.")
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "vae.")
+SIGNS = ("img_in.weight", "decoder.conv_in.weight", "decoder.conv1.weight")  # in every such model
 WIDTHS: dict[int, Family] = {3072: "qwen-image", 4096: "qwen-image-2.1"}
 TEXT_WIDTHS: dict[int, Family] = {3584: "qwen-image", 4096: "qwen-image-2.1"}
 Kind = Literal["transformer", "text_encoder", "vae", "lora", "controlnet"]
+RUNNING = ("BF16", "F16", "F32")  # storage that the engine computes from
+FUSED, GATE, UP = "img_mlp.gate_up.", "img_mlp.gate_layer.", "img_mlp.proj."
 
 # Part of a key -> the format it gives away, and why it can't be read. The first match counts.
 UNREADABLE = (
@@ -54,6 +58,42 @@ class Checkpoint(Value):
     zero_cond_t: bool = False
     unreadable: str = ""
 
+    @property
+    def unsupported(self) -> str:
+        """Why this version can't run it, if so."""
+        if self.unreadable:
+            return f"It is in {self.unreadable}."
+        if self.container == "gguf" or self.storage not in RUNNING:
+            return f"It is in {self.storage}, and this version runs bf16, fp16 and fp32 files."
+        return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Where a tensor of a model lies in a file: share `number` of `count` of the rows of `key`."""
+
+    key: str
+    number: int = 0
+    count: int = 1
+
+
+def model_keys(keys: Collection[str]) -> dict[str, Share]:
+    """diffusers' name of every tensor -> where it is in a file with `keys`, in its own layout or in
+    ComfyUI's: behind a prefix, and in the 2.1 family with the feed-forward's two projections as one
+    matrix, the gate's rows first.
+
+    Source: diffusers' convert_qwen_image21_transformer_checkpoint_to_diffusers.
+    """
+    prefix, found = _prefix(keys), {}
+    for key in keys:
+        name = key.removeprefix(prefix)
+        if FUSED in name:
+            found[name.replace(FUSED, GATE)] = Share(key, 0, 2)
+            found[name.replace(FUSED, UP)] = Share(key, 1, 2)
+        else:
+            found[name] = Share(key)
+    return found
+
 
 def recognise(path: Path) -> Checkpoint:
     """What the file at `path` is.
@@ -61,7 +101,11 @@ def recognise(path: Path) -> Checkpoint:
     Raises ModelBroken (damaged, or no weight file) and ModelUnsupported (whole, but of no model of
     the family: the keys are unknown, or the layout of one family has the width of another).
     """
-    header = read_header(path)
+    return describe(path, read_header(path))
+
+
+def describe(path: Path, header: Header) -> Checkpoint:
+    """Like `recognise`, of a header that has been read."""
     tensors = header.tensors
     prefix = _prefix(tensors)
     keys = {key.removeprefix(prefix): stored for key, stored in tensors.items()}
@@ -74,7 +118,7 @@ def recognise(path: Path) -> Checkpoint:
         storage=_storage(header),
         bytes=sum(stored.bytes for stored in tensors.values()),
         prefix=prefix,
-        fused=any(key.endswith("img_mlp.gate_up.weight") for key in keys),
+        fused=any(FUSED in key for key in keys),
         layered="time_text_embed.addition_t_embedding.weight" in keys,
         zero_cond_t="__index_timestep_zero__" in keys,
         unreadable=_unreadable(keys),
@@ -119,19 +163,9 @@ def check_model(checkpoint: Checkpoint, model: Model, catalog: Catalog) -> None:
         )
 
 
-def _prefix(keys: Iterable[str]) -> str:
-    """The longest known prefix that the model's own keys stand behind."""
-    names = set(keys)
-    signs = (
-        "img_in.weight",
-        "decoder.conv_in.weight",
-        "decoder.conv1.weight",
-        "transformer_blocks.0.",
-    )
-    for prefix in PREFIXES[1:5]:
-        if any(prefix + sign in names for sign in signs):
-            return prefix
-    return ""
+def _prefix(keys: Collection[str]) -> str:
+    """The known prefix that the model's own keys stand behind."""
+    return next((p for p in PREFIXES for sign in SIGNS if p + sign in keys), "")
 
 
 def _identify(keys: dict[str, Stored], path: Path) -> tuple[Kind, Family]:

@@ -72,11 +72,12 @@ class Stored:
 
 @dataclass(frozen=True)
 class Header:
-    """What a weight file holds. `metadata` keeps texts and numbers, no lists."""
+    """What a weight file holds. `metadata` keeps texts and numbers, no lists; `size`: its bytes."""
 
     container: Literal["safetensors", "gguf"]
     tensors: dict[str, Stored]
     metadata: dict[str, Any]
+    size: int
 
 
 def read_header(path: Path) -> Header:
@@ -139,7 +140,7 @@ def _safetensors(file: BinaryIO, path: Path, size: int) -> Header:
     start = 8 + length
     tensors = {name: _entry(entry, start, path) for name, entry in entries.items()}
     _check_layout(tensors, start, size, path)
-    return Header("safetensors", tensors, metadata)
+    return Header("safetensors", tensors, metadata, size)
 
 
 def _parse(raw: bytes, path: Path) -> dict[str, Any]:
@@ -268,7 +269,7 @@ def _gguf(reader: _Bounded) -> Header:
     if len(tensors) < count:
         _broken("header", reader.path, "names a tensor twice")
     _check_gguf_layout(tensors, alignment, reader)
-    return Header("gguf", tensors, metadata)
+    return Header("gguf", tensors, metadata, reader.size)
 
 
 def _gguf_pair(reader: _Bounded) -> tuple[str, Any]:

@@ -28,6 +28,8 @@ TOKEN_HOSTS = {"huggingface.co", "hf.co"}
 MAX_HOPS = 5
 MAX_LISTING = 16 << 20  # bytes of JSON
 MAX_RETRY_AFTER = 120.0  # seconds
+PIECE = 256 << 10  # bytes; a processor's own cache holds them from the socket to disk and hash
+BREATH = 0.25  # seconds of silence after which the reader may look at something else
 TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 WINDOWS_NAMES = {
     "con",
@@ -68,10 +70,13 @@ class Listing:
 
 @dataclass(frozen=True)
 class Body:
-    """Bytes of a file from `start` on: 0 where the server ignored the wanted offset."""
+    """Bytes of a file from `start` on: 0 where the server ignored the wanted offset.
+
+    A piece is gone when the next is asked for; an empty one says that nothing came for a while.
+    """
 
     start: int
-    chunks: Iterator[bytes]
+    pieces: Iterator[memoryview]
 
 
 @dataclass(frozen=True)
@@ -120,9 +125,9 @@ class Hub:
     def _json(self, url: str, repo: str) -> dict[str, Any]:
         import json
 
-        with self._get(url, {}, repo) as response:
+        with self._get(url, {}, repo) as response, _translated(url):
             raw = b""
-            for chunk in _guarded(response.iter_bytes()):
+            for chunk in response.iter_bytes():
                 raw += chunk
                 if len(raw) > MAX_LISTING:
                     raise DownloadFailed("server", f"The list of {repo} is too long.", LATER)
@@ -152,7 +157,7 @@ class Hub:
             start = _start_of(response, file) if response.status_code == 206 else 0
             if start > offset:
                 raise Transient("server", f"the server sent the wrong part of {file.path}")
-            yield Body(start, _guarded(response.iter_raw()))
+            yield Body(start, _pieces(response, self.stall_seconds))
 
     @contextmanager
     def _get(
@@ -321,9 +326,53 @@ def _retry_after(response: "httpx2.Response") -> float:
     return min(float(text), MAX_RETRY_AFTER) if text.isdigit() else 0.0
 
 
-def _guarded(chunks: Iterator[bytes]) -> Iterator[bytes]:
+def _pieces(response: "httpx2.Response", stall_seconds: float) -> Iterator[memoryview]:
+    """The body of an answer. Raises Transient.
+
+    httpx2 gives 64 KiB at a time after three copies, which costs more than their SHA-256. When it
+    has given the first of them, nothing of the body is left in its parser: the rest is read from
+    its socket, all into one buffer. The client does not use that socket again.
+    """
     with _translated("the server"):
-        yield from chunks
+        body = response.iter_raw()
+        first = next(body, b"")
+        yield memoryview(first)
+        left = int(response.headers.get("Content-Length", 0)) - len(first)
+        if left > 0 and (source := _socket_of(response)):
+            yield from _from_socket(source, left, stall_seconds)
+        else:
+            yield from (memoryview(piece) for piece in body)
+
+
+def _socket_of(response: "httpx2.Response") -> socket.socket | None:
+    """Where the body's bytes come from as they are; None where there is more to do to them."""
+    stream = response.extensions.get("network_stream")
+    if response.http_version != "HTTP/1.1" or "Transfer-Encoding" in response.headers or not stream:
+        return None
+    if isinstance(stream.get_extra_info("ssl_object"), ssl.SSLObject):
+        return None  # TLS within a proxy's TLS: the socket is the outer one's
+    found = stream.get_extra_info("socket")
+    return found if isinstance(found, socket.socket) else None
+
+
+def _from_socket(source: socket.socket, left: int, stall_seconds: float) -> Iterator[memoryview]:
+    """Up to `left` bytes. Raises TimeoutError after `stall_seconds` without one."""
+    buffer = memoryview(bytearray(PIECE))
+    breath, silent = min(BREATH, stall_seconds), 0.0
+    source.settimeout(breath)
+    while left > 0:
+        try:
+            count = source.recv_into(buffer[: min(left, PIECE)])
+        except TimeoutError:
+            silent += breath
+            if silent >= stall_seconds:
+                raise
+            yield buffer[:0]
+            continue
+        if not count:
+            return
+        left, silent = left - count, 0.0
+        yield buffer[:count]
 
 
 @contextmanager
@@ -334,9 +383,9 @@ def _translated(where: str) -> Iterator[None]:
     host = urlsplit(where).hostname or where
     try:
         yield
-    except httpx2.TimeoutException as error:
+    except (httpx2.TimeoutException, TimeoutError) as error:
         raise Transient("stalled", f"nothing came from {host}") from error
-    except (httpx2.TransportError, socket.gaierror) as error:
+    except (httpx2.TransportError, OSError) as error:
         if _is_tls(error):
             _tls_failure(host, error)
         raise Transient("network", f"the connection to {host} broke ({error})") from error

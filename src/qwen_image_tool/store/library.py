@@ -21,14 +21,18 @@ from qwen_image_tool.errors import (
     Cancelled,
     DownloadFailed,
     LicenceNotAccepted,
+    ModelBroken,
     ModelMissing,
+    ModelUnsupported,
 )
 from qwen_image_tool.store import verify
 from qwen_image_tool.store.download import Control, Effort, Progress, check_space, fetch
-from qwen_image_tool.store.formats import check_model, readable
+from qwen_image_tool.store.formats import RUNNING, check_model, readable
 from qwen_image_tool.store.hub import Hub, Listing, RemoteFile, Transient
 from qwen_image_tool.store.places import Elsewhere
 from qwen_image_tool.store.record import (
+    IMPORTED,
+    OWN,
     PRIVATE,
     Kept,
     Record,
@@ -36,6 +40,7 @@ from qwen_image_tool.store.record import (
     partial_path,
     read_record,
     settle,
+    transformer_folder,
     write_record,
 )
 from qwen_image_tool.store.verify import Fault
@@ -82,6 +87,11 @@ class Library:
         """What was downloaded of `model`; None where nothing was. Raises ModelBroken."""
         return read_record(self.folder(model))
 
+    def variants(self, model: Model) -> tuple[str, ...]:
+        """Of its transformer, that were downloaded or imported."""
+        record = _record_or_none(self.folder(model))
+        return tuple(dict.fromkeys((*record.variants, *record.imported))) if record else ()
+
     # -- download ----------------------------------------------------------------------------
 
     def download(
@@ -95,21 +105,23 @@ class Library:
     ) -> Path:
         """Make `model` complete on this computer and return its folder.
 
-        Goes on where an earlier download stopped, and links what the disk already has. `again`
-        clears the folder first. Raises LicenceNotAccepted, DownloadFailed, Paused or Cancelled.
+        Goes on where an earlier download stopped, and links what the disk already has. Where a
+        transformer was imported and no `variant` is named, the rest is fetched around that one.
+        `again` deletes what was fetched first. Raises LicenceNotAccepted, DownloadFailed, Paused or
+        Cancelled.
         """
         control = control or Control()
-        chosen = model.variant(variant)
+        name = self._variant_name(model, variant)
         if not model.repo:
             raise BadRequest(f"{model.name} comes with the program.", "It needs no download.")
         self._check_licence(model, accept_licence)
         folder = self.folder(model)
         with self._locked(folder):
             if again:
-                self._clear(folder)
+                self._forget_fetched(folder)
             try:
                 with _pausable(folder, control):
-                    record = self._plan(folder, model, chosen)
+                    record = self._plan(folder, model, name)
                     self._complete(folder, record, emit, control)
             except Cancelled:
                 shutil.rmtree(folder / PRIVATE / "partial", ignore_errors=True)
@@ -122,38 +134,50 @@ class Library:
     def to_fetch(self, model: Model, variant: str = "") -> int:
         """Bytes that a download would still take, by the catalogue: components that another
         installed model shares, and those that are here, don't count. Asks nobody."""
-        chosen = model.variant(variant)
+        wanted = self._variant_name(model, variant)
+        chosen = None if wanted.startswith(IMPORTED) else model.variant(wanted)
         sizes = {name: part.bytes for name, part in model.components.items()}
         if chosen:
             sizes["transformer"] = chosen.bytes
-        here = {path.split("/")[0] for path in self._present(model)}
         for name in list(sizes):
+            place = transformer_folder(wanted) if name == "transformer" else name
             owner = model.shares.get(name)
-            shared = owner and self._has_component(self.catalog.find(owner), name)
-            if shared or (name in here and not (chosen and name == "transformer")):
+            shared = owner and self._has(self.catalog.find(owner), name)
+            if shared or self._has(model, place):
                 del sizes[name]
         return sum(sizes.values())
 
+    def _variant_name(self, model: Model, variant: str) -> str:
+        """As the catalogue or the import wrote it. Raises BadRequest."""
+        record = _record_or_none(self.folder(model))
+        imported = record.imported if record else ()
+        if not variant and record and OWN not in record.variants:
+            variant = next((n for n in imported if n.removeprefix(IMPORTED) in RUNNING), OWN)
+        if variant in imported:
+            return variant
+        found = model.variant(variant)
+        return found.id if found else OWN
+
     def _present(self, model: Model) -> list[str]:
-        record = self.record(model)
         folder = self.folder(model)
+        record = _record_or_none(folder)
         return [f.path for f in record.files if (folder / f.path).exists()] if record else []
 
-    def _has_component(self, model: Model, name: str) -> bool:
-        return any(path.startswith(f"{name}/") for path in self._present(model))
+    def _has(self, model: Model, place: str) -> bool:
+        return any(path.startswith(f"{place}/") for path in self._present(model))
 
-    def _plan(self, folder: Path, model: Model, variant: Variant | None) -> Record:
-        """The files to have, pinned: an earlier record's stay as they are. Written to disk."""
-        name = variant.id if variant else "bf16"
+    def _plan(self, folder: Path, model: Model, name: str) -> Record:
+        """The files to have with the variant `name`, pinned: an earlier record's stay as they are.
+        Written to disk."""
         old = read_record(folder) or Record(model=model.id)
         if name in old.variants:
             return old
         hub = self._connect()
         files = {file.path: file for file in old.files}
         listing = self._pinned_listing(hub, model, old)
-        for file in _model_files(model, listing, bare=variant is not None):
+        for file in _model_files(model, listing, name):
             files.setdefault(file.path, file)
-        if variant:
+        if name not in old.imported and (variant := model.variant(name)):
             found = _variant_file(variant, _list(hub, variant.repo))
             files[found.path] = found
         self._distrust_strangers(folder, files, old)
@@ -188,6 +212,15 @@ class Library:
             else:
                 wanted.append(file)
         left = list(self._adopt(folder, wanted, progress, emit, control))
+        for file in left:
+            if not file.repo:
+                raise DownloadFailed(
+                    "not found",
+                    f"{folder / file.path} was imported from {file.source}, which is not that file"
+                    " any more.",
+                    f"Import it again, or delete it with `qit models remove {record.model}"
+                    f" --variant {file.path.split('/')[1]}`.",
+                )
         if left:
             fetch(self._connect(), folder, left, progress, control, self._effort)
 
@@ -207,6 +240,7 @@ class Library:
             control.check()
             partial = partial_path(folder, file)
             candidates = [(path, True) for path in ours.get(file.identity, ())]
+            candidates += [] if file.repo else [(Path(file.source), False)]
             candidates += [(path, False) for path in foreign.get(file.size, ())]
             source = next(((p, own) for p, own in candidates if _is(p, file)), None)
             if source is None or not _link(*source, folder / file.path, partial):
@@ -219,7 +253,7 @@ class Library:
         """The other models' files by content."""
         found: dict[str, list[Path]] = {}
         for model in self.catalog.models:
-            record = read_record(self.folder(model))
+            record = _record_or_none(self.folder(model))
             for file in record.files if record else ():
                 path = self.folder(model) / file.path
                 if file.identity and _size(path) == file.size:
@@ -283,7 +317,8 @@ class Library:
     ) -> tuple[Fault, ...]:
         """What is wrong with `model`. Raises ModelMissing (not here at all), Cancelled, and
         BadRequest for a full check of files whose hashes nobody recorded."""
-        folder, record = self._existing(model)
+        folder = self._existing(model)
+        record = read_record(folder)
         if not full:
             return verify.quick(folder, record, model.components)
         if record is None:
@@ -306,7 +341,8 @@ class Library:
         """Fetch what is broken and nothing else; returns what was. Raises like `download`."""
         control = control or Control()
         faults = self.verify(model, full, emit, control.stopped.is_set)
-        folder, record = self._existing(model)
+        folder = self._existing(model)
+        record = read_record(folder)
         if record is None:
             raise BadRequest(
                 f"The files of {folder} were put there by hand.",
@@ -323,60 +359,69 @@ class Library:
     def remove(self, model: Model, variant: str = "") -> int:
         """Delete `model`, or one variant of it; returns the bytes that became free. What another
         model shares stays with that one. Raises ModelMissing."""
-        folder, record = self._existing(model)
-        if variant and record:
-            chosen = model.variant(variant)
-            start = f"{VARIANTS}/{chosen.id}/" if chosen else "transformer/"
-            gone = [f for f in record.files if f.path.startswith(start) and _only(chosen, f)]
-            with self._locked(folder):
-                freed = sum(_delete(folder / file.path) for file in gone)
-                name = chosen.id if chosen else "bf16"
-                kept = tuple(file for file in record.files if file not in gone)
-                names = tuple(v for v in record.variants if v != name)
-                if names:
-                    write_record(folder, Record(model=model.id, variants=names, files=kept))
-                    return freed
-            return freed + self._clear(folder)
+        folder = self._existing(model)
+        record = _record_or_none(folder)
         with self._locked(folder):
+            left = record and variant and self._without(record, self._variant_name(model, variant))
+            if record and left:
+                gone = {folder / file.path for file in record.files if file not in left.files}
+                write_record(folder, left)
+                freed = sum(_delete(path) for path in gone if path.exists())
+                for place in {path.parent for path in gone}:
+                    if place.is_dir() and not any(place.iterdir()):
+                        place.rmdir()
+                return freed
             freed = self._clear(folder)
         shutil.rmtree(folder, ignore_errors=True)
         return freed
 
+    @staticmethod
+    def _without(record: Record, variant: str) -> Record | None:
+        """The record without a variant; None where that leaves no transformer."""
+        start = transformer_folder(variant) + "/"
+        files = tuple(file for file in record.files if not file.path.startswith(start))
+        names = tuple(name for name in record.variants if name != variant)
+        left = Record(model=record.model, variants=names, files=files)
+        return left if names or left.imported else None
+
     def pause(self, model: Model) -> None:
         """Ask the process that downloads `model` to stop; it does within a second or so."""
-        folder, _ = self._existing(model)
+        folder = self._existing(model)
         (folder / PRIVATE).mkdir(exist_ok=True)
         (folder / PRIVATE / "pause").touch()
 
     def import_file(self, path: Path, model: Model) -> Path:
-        """Take a weight file of another program into `model`'s folder: linked where the disk
-        allows it, copied elsewhere. What it is, its keys and shapes say.
+        """Take a transformer's file of another program into `model`'s folder as a variant: linked
+        where the disk allows it, copied elsewhere. What it is, its keys and shapes say. `download`
+        then fetches what the model needs beside it.
 
         Raises ModelBroken, ModelUnsupported (can't be read yet) and BadRequest (another model's).
         """
         found = readable(path)
+        if found.kind != "transformer":
+            raise ModelUnsupported(
+                f"{path} holds a {found.kind}, and only transformers can be imported.",
+                f"`qit models download {model.id}` fetches the other parts.",
+            )
         check_model(found, model, self.catalog)
-        folder = self.folder(model)
+        folder, name = self.folder(model), IMPORTED + found.storage
+        target = folder / transformer_folder(name) / path.name
         with self._locked(folder):
-            if found.kind == "transformer":
-                target = folder / VARIANTS / f"imported-{found.storage}" / path.name
-            else:
-                target = folder / VARIANTS / found.kind / path.name
-            size = path.stat().st_size
             file = Kept(
                 path=target.relative_to(folder).as_posix(),
                 repo="",
                 revision="",
-                source=str(path),
-                size=size,
+                source=str(path.resolve()),
+                size=path.stat().st_size,
             )
             file = file.model_copy(update={"sha256": digest_file(path, file)[0].hex})
-            target.unlink(missing_ok=True)
+            old = read_record(folder) or Record(model=model.id)
+            for earlier in old.weights(name):
+                (folder / earlier.path).unlink(missing_ok=True)
+            files = tuple(f for f in old.files if f not in old.weights(name))
             if not _link(path, False, target, partial_path(folder, file)):
                 self._copy(path, target, folder, file)
-            old = read_record(folder) or Record(model=model.id)
-            files = {f.path: f for f in old.files} | {file.path: file}
-            write_record(folder, old.model_copy(update={"files": tuple(files.values())}))
+            write_record(folder, old.model_copy(update={"files": (*files, file)}))
         return target
 
     @staticmethod
@@ -387,23 +432,31 @@ class Library:
         shutil.copyfile(path, partial)
         settle(partial, target)
 
-    def _existing(self, model: Model) -> tuple[Path, Record | None]:
+    def _existing(self, model: Model) -> Path:
         folder = self.folder(model)
         if not folder.is_dir():
             raise ModelMissing(
                 f"{model.name} is not in {self.models}.", f"`qit models download {model.id}`."
             )
-        return folder, read_record(folder)
+        return folder
+
+    def _forget_fetched(self, folder: Path) -> None:
+        """Delete all but what was imported: nobody could bring that back."""
+        record = _record_or_none(folder)
+        imported = tuple(file for file in record.files if not file.repo) if record else ()
+        self._clear(folder, [folder / file.path for file in imported])
+        if record and imported:
+            write_record(folder, Record(model=record.model, files=imported))
 
     @staticmethod
-    def _clear(folder: Path) -> int:
-        """Empty a model's folder but for the lock that we hold."""
-        freed = 0
+    def _clear(folder: Path, keep: Iterable[Path] = ()) -> int:
+        """Empty a model's folder but for `keep` and the lock that we hold."""
+        kept, freed = {folder / PRIVATE / "lock", *keep}, 0
         for path in sorted(folder.rglob("*"), reverse=True):
             if path.is_dir() and not path.is_symlink():
-                if path.name != PRIVATE:
+                if not any(path.iterdir()):
                     path.rmdir()
-            elif path.name != "lock":
+            elif path not in kept:
                 freed += _delete(path)
         return freed
 
@@ -432,12 +485,12 @@ class Library:
             lock.release()
 
 
-VARIANTS = "variants"  # sub-folder of a model's folder: one folder a variant of the transformer
-
-
-def _only(variant: Variant | None, file: Kept) -> bool:
-    """Configurations stay: the other variants need them too."""
-    return variant is not None or file.is_weights or file.path.endswith(".index.json")
+def _record_or_none(folder: Path) -> Record | None:
+    """For what has to work beside a record that can't be read: lists, other models, a new start."""
+    try:
+        return read_record(folder)
+    except ModelBroken:
+        return None
 
 
 def _insist(ask: Callable[[], Answer], what: str) -> Answer:
@@ -473,16 +526,18 @@ def _list(hub: Hub, repo: str, revision: str = "") -> Listing:
 def _small_text(hub: Hub, listing: Listing, file: RemoteFile) -> str:
     def read() -> str:
         with hub.open(listing.repo, listing.revision, file) as body:
-            return b"".join(body.chunks).decode(errors="replace")
+            return b"".join(map(bytes, body.pieces)).decode(errors="replace")
 
     return _insist(read, file.path)
 
 
-def _model_files(model: Model, listing: Listing, bare: bool) -> list[Kept]:
-    """The files of a repository that make up the model; `bare`: without its own transformer.
+def _model_files(model: Model, listing: Listing, variant: str) -> list[Kept]:
+    """The files of a repository that make up the model, but for the weights of its transformer
+    where those of another `variant` take their place.
 
     Raises DownloadFailed where the repository lacks a part.
     """
+    bare = variant != OWN
     found = [file for file in listing.files.values() if _belongs(file.path, model, bare)]
     paths = {file.path for file in found}
     for name, part in model.components.items():
@@ -491,7 +546,8 @@ def _model_files(model: Model, listing: Listing, bare: bool) -> list[Kept]:
             raise _absent(f"{name}/*.safetensors", listing)
     if "model_index.json" not in paths:
         raise _absent("model_index.json", listing)
-    return [_kept(file, file.path, listing) for file in found]
+    places = {"transformer/config.json": f"{transformer_folder(variant)}/config.json"}
+    return [_kept(file, places.get(file.path, file.path), listing) for file in found]
 
 
 def _belongs(path: str, model: Model, bare: bool) -> bool:
@@ -515,7 +571,7 @@ def _variant_file(variant: Variant, listing: Listing) -> Kept:
     if len(matches) != 1:
         raise _absent(variant.file, listing)
     name = matches[0].path.rpartition("/")[2]
-    return _kept(matches[0], f"{VARIANTS}/{variant.id}/{name}", listing)
+    return _kept(matches[0], f"{transformer_folder(variant.id)}/{name}", listing)
 
 
 def _absent(what: str, listing: Listing) -> DownloadFailed:

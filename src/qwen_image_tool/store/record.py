@@ -12,6 +12,9 @@ from qwen_image_tool.errors import ModelBroken
 from qwen_image_tool.types import Value
 
 PRIVATE = ".qit"  # the sub-folder of a model's folder that is ours
+OWN = "bf16"  # the transformer that a model is published with
+VARIANTS = "variants"  # the sub-folder with one folder a variant of the transformer
+IMPORTED = "imported-"  # how variants begin that another program's file was taken for
 BLOCK = 1 << 20  # bytes hashed at once
 _ZEROS = bytes(BLOCK)
 
@@ -43,6 +46,23 @@ class Record(Value):
     model: str
     variants: tuple[str, ...] = ()
     files: tuple[Kept, ...] = ()
+
+    @property
+    def imported(self) -> tuple[str, ...]:
+        """Variants that another program's files were taken for; what belongs to them may be
+        missing still."""
+        start = f"{VARIANTS}/{IMPORTED}"
+        found = {file.path.split("/")[1] for file in self.files if file.path.startswith(start)}
+        return tuple(sorted(found))
+
+    def weights(self, variant: str) -> tuple[Kept, ...]:
+        start = transformer_folder(variant) + "/"
+        return tuple(f for f in self.files if f.is_weights and f.path.startswith(start))
+
+
+def transformer_folder(variant: str) -> str:
+    """Of a variant, in the model's folder."""
+    return "transformer" if variant == OWN else f"{VARIANTS}/{variant}"
 
 
 def record_path(folder: Path) -> Path:

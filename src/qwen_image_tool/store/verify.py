@@ -5,16 +5,24 @@ import os
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qwen_image_tool.errors import Cancelled, FaultKind, ModelBroken
 from qwen_image_tool.store.headers import SUFFIXES, Header, read_header
-from qwen_image_tool.store.record import Kept, Record, digest_file, partial_path
+from qwen_image_tool.store.record import (
+    Kept,
+    Record,
+    digest_file,
+    partial_path,
+    transformer_folder,
+)
 from qwen_image_tool.types import Event, Value, VerifyProgress
 
 MAX_JSON = 32 << 20  # bytes; a tokenizer's file has 11 MB
 REPORT_EVERY = 64 << 20  # bytes between two events
+PAGE = 4096  # bytes that a disk is written by
 
 
 class Fault(Value):
@@ -31,17 +39,44 @@ def quick(folder: Path, record: Record | None, components: Iterable[str]) -> tup
     Without a record (a folder that somebody put there) the files are checked against their own
     headers and indexes alone.
     """
+    return faults_of(folder, record, read_components(folder, record, components))
+
+
+def faults_of(
+    folder: Path, record: Record | None, parts: dict[str, "Component"]
+) -> tuple[Fault, ...]:
+    """Like `quick`, of components that have been read."""
     faults = {fault.path: fault for fault in (_sizes(folder, record) if record else ())}
-    for name in components:
-        if (folder / name).is_dir():
-            for fault in check_component(folder / name, f"{name}/"):
-                if fault.kind == "swapped":  # says more than that the size is another
-                    faults[fault.path] = fault
-                faults.setdefault(fault.path, fault)
+    for part in parts.values():
+        for fault in part.faults:
+            if fault.kind == "swapped":  # says more than that the size is another
+                faults[fault.path] = fault
+            faults.setdefault(fault.path, fault)
     return tuple(faults.values())
 
 
-def check_component(folder: Path, prefix: str = "") -> list[Fault]:
+@dataclass(frozen=True)
+class Component:
+    """A component's folder by its headers. `weights`: the files that it consists of and that are
+    sound; `faults`: the others."""
+
+    weights: dict[str, Header]
+    faults: tuple[Fault, ...]
+
+
+def read_components(
+    folder: Path, record: Record | None, components: Iterable[str]
+) -> dict[str, Component]:
+    """The sub-folders `components` that are there, and those of the transformer's variants."""
+    variants = [transformer_folder(name) for name in record.variants] if record else []
+    return {
+        name: _read_component(folder / name, f"{name}/")
+        for name in dict.fromkeys((*components, *variants))
+        if (folder / name).is_dir()
+    }
+
+
+def _read_component(folder: Path, prefix: str) -> Component:
     """Every weight file has a sound header, and holds the tensors its index says."""
     faults: list[Fault] = []
     headers: dict[str, Header] = {}
@@ -51,13 +86,18 @@ def check_component(folder: Path, prefix: str = "") -> list[Fault]:
         except ModelBroken as error:
             faults.append(Fault(path=prefix + file.name, kind=error.kind, message=error.message))
     known = {fault.path for fault in faults}
+    named: set[str] = set()
     for index in sorted(folder.glob("*.safetensors.index.json")):
         try:
-            found = _check_index(folder, index, headers, prefix)
+            shards = _shards(index)
         except ModelBroken as error:
             found = [Fault(path=prefix + index.name, kind=error.kind, message=error.message)]
+        else:
+            found = _check_shards(folder, shards, headers, prefix)
+            named |= set(shards)
         faults += [fault for fault in found if fault.path not in known]
-    return faults
+    weights = {name: header for name, header in headers.items() if name in (named or headers)}
+    return Component(weights, tuple(faults))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -114,8 +154,9 @@ def _impostor(path: Path) -> tuple[FaultKind, str] | None:
     return None
 
 
-def _check_index(folder: Path, index: Path, headers: dict[str, Header], prefix: str) -> list[Fault]:
-    shards = _shards(index)
+def _check_shards(
+    folder: Path, shards: dict[str, set[str]], headers: dict[str, Header], prefix: str
+) -> list[Fault]:
     faults = []
     for name, tensors in shards.items():
         path = folder / name
@@ -221,6 +262,13 @@ def _check_hash(
     return Fault(path=file.path, kind=kind, message=f"The file {path} {what}.")
 
 
+def _ends_in_zeros(path: Path) -> bool:
+    """As after a power cut: the last page was given to the file and never written."""
+    with path.open("rb") as file:
+        file.seek(-min(PAGE, path.stat().st_size), os.SEEK_END)
+        return not file.read().strip(b"\0")
+
+
 def _diagnose(
     path: Path, file: Kept, found: str, zeros: bool, record: Record
 ) -> tuple[FaultKind, str]:
@@ -230,6 +278,6 @@ def _diagnose(
         return "swapped", f"has the content of {twin}"
     if file.is_weights and (impostor := _impostor(path)):
         return impostor
-    if zeros:
+    if zeros or _ends_in_zeros(path):
         return "zero-filled", "has zeros where bytes were never written"
     return "changed", "has changed: its hash is not the published one"

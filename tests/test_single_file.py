@@ -1,0 +1,316 @@
+"""A transformer from one file, as ComfyUI has it: the same bits as from diffusers' folder."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import QwenImage21Transformer2DModel, QwenImageTransformer2DModel
+from diffusers.loaders.single_file_utils import (
+    convert_qwen_image21_transformer_checkpoint_to_diffusers,
+)
+from safetensors.torch import load_file, save_file
+
+import tiny
+from hub import LocalHub, is_lfs, serve
+from qwen_image_tool import logs
+from qwen_image_tool.catalog import Model, load_catalog
+from qwen_image_tool.cli.commands import run
+from qwen_image_tool.engine import vae
+from qwen_image_tool.engine.engine import Engine
+from qwen_image_tool.engine.weights import Checkpoint, read
+from qwen_image_tool.errors import BadRequest, DownloadFailed, ModelMissing, ModelUnsupported
+from qwen_image_tool.store import formats, inspect, locate
+from qwen_image_tool.store.hub import Hub
+from qwen_image_tool.store.library import Library
+from qwen_image_tool.store.places import Elsewhere
+from qwen_image_tool.types import PhaseNeed, Placement, Plan, Request, Size
+
+CATALOG = load_catalog()
+T2I, BASE21 = CATALOG.find("qwen-image"), CATALOG.find("qwen-image-2.1")
+MODELS = [T2I, BASE21]
+COMFY = "model.diffusion_model."
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="session")
+def repos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model of each family, whose transformer has the same numbers in half precision."""
+    root = tmp_path_factory.mktemp("repos")
+    for model, save, kind in (
+        (T2I, tiny.save, QwenImageTransformer2DModel),
+        (BASE21, tiny.save_21, QwenImage21Transformer2DModel),
+    ):
+        folder = save(root / model.id) / "transformer"
+        transformer = kind.from_pretrained(folder, dtype=torch.bfloat16)
+        for parameter in transformer.parameters():
+            parameter.data = parameter.data.half().bfloat16()
+        shutil.rmtree(folder)
+        transformer.save_pretrained(folder, max_shard_size="40KB")
+    return root
+
+
+@pytest.fixture(params=MODELS, ids=lambda model: model.family)
+def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Model:
+    """Tiny ones are as wide in both families: told by their layout alone."""
+    found: Model = request.param
+    monkeypatch.setitem(formats.WIDTHS, 32, found.family)
+    return found
+
+
+def published(repos: Path, model: Model) -> Tensors:
+    tensors: Tensors = {}
+    for shard in (repos / model.id / "transformer").glob("*.safetensors"):
+        tensors |= load_file(shard)
+    return tensors
+
+
+def plain(tensors: Tensors) -> Tensors:
+    return tensors
+
+
+def prefixed(tensors: Tensors) -> Tensors:
+    return {COMFY + name: tensor for name, tensor in tensors.items()}
+
+
+def fused(tensors: Tensors) -> Tensors:
+    """As ComfyUI saves 2.1: gate and projection in one matrix."""
+    rest = {name: t for name, t in tensors.items() if "img_mlp." not in name}
+    for name, gate in tensors.items():
+        if name.endswith("img_mlp.gate_layer.weight"):
+            up = tensors[name.replace("gate_layer", "proj")]
+            rest[name.replace("gate_layer", "gate_up")] = torch.cat([gate, up])
+        elif name.endswith("img_mlp.proj.weight"):
+            continue
+        elif "img_mlp." in name:
+            rest[name] = gate
+    return prefixed(rest)
+
+
+def write(path: Path, tensors: Tensors, dtype: torch.dtype = torch.bfloat16) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}, path)
+    return path
+
+
+PLACEMENTS = {  # of the blocks and of the text encoder's layers
+    T2I.family: (Placement(blocks=2, resident=2), Placement(blocks=2, resident=2)),
+    BASE21.family: (
+        Placement(blocks=4, resident=2, slots=2, source="disk"),
+        Placement(blocks=3, resident=3),
+    ),
+}
+
+
+def plan(model: Model) -> Plan:
+    blocks, layers = PLACEMENTS[model.family]
+    return Plan(
+        device="cpu",
+        dtype="bfloat16",
+        working_size=Size(64, 64),
+        mode="exact",
+        forwards=1,
+        placement=blocks,
+        text_placement=layers,
+        phases=(PhaseNeed(phase="load", ram_bytes=1),),
+        disk_bytes=1,
+    )
+
+
+def latents(installed: Any, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
+    """What goes into the VAE for one picture."""
+    kept: list[torch.Tensor] = []
+    decode = vae.decode
+
+    def keep(model: Any, cells: torch.Tensor, *rest: Any) -> Any:
+        kept.append(cells)
+        return decode(model, cells, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vae, "decode", keep)
+        request = Request(model="tiny", prompt="a red cat", size=Size(64, 64), steps=2, seed=7)
+        resolved = installed.model.resolve(request, 0)
+        engine = Engine(installed)
+        engine.run(resolved, [plan(installed.model)], lambda _: None, lambda: False)
+        engine.release()
+    return torch.cat(kept)
+
+
+LAYOUTS: list[tuple[Callable[[Tensors], Tensors], torch.dtype]] = [
+    (plain, torch.bfloat16),
+    (prefixed, torch.bfloat16),
+    (fused, torch.bfloat16),
+    (prefixed, torch.float16),
+    (fused, torch.float32),
+]
+
+
+@pytest.mark.parametrize(("layout", "dtype"), LAYOUTS)
+def test_one_file_gives_the_bits_of_the_folder(
+    repos: Path,
+    model: Model,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    layout: Callable[[Tensors], Tensors],
+    dtype: torch.dtype,
+) -> None:
+    if model is T2I and layout is fused:
+        layout = prefixed  # the 20B family has nothing to fuse
+    folder = Path(shutil.copytree(repos / model.id, tmp_path / "model"))
+    place = folder / "variants" / "one"
+    write(place / "any name.safetensors", layout(published(repos, model)), dtype)
+    shutil.move(folder / "transformer" / "config.json", place)
+    shutil.rmtree(folder / "transformer")
+    whole = inspect(repos / model.id, model)
+    single = inspect(folder, model, "one")
+    assert single.blocks == whole.blocks
+    assert abs(single.bytes["transformer"] - whole.bytes["transformer"]) < 10_000
+    assert torch.equal(latents(single, monkeypatch), latents(whole, monkeypatch))
+
+
+def test_every_tensor_is_where_diffusers_has_it(repos: Path, tmp_path: Path) -> None:
+    tensors = fused(published(repos, BASE21))
+    write(tmp_path / "model.safetensors", tensors)
+    checkpoint = Checkpoint(tmp_path)
+    theirs = convert_qwen_image21_transformer_checkpoint_to_diffusers(dict(tensors))
+    assert set(checkpoint.tensors) == set(theirs)
+    for name, tensor in theirs.items():
+        target = torch.empty_like(tensor)
+        read([(checkpoint.check(name, target), target)])
+        assert torch.equal(target, tensor), name
+
+
+# -- from a file of another program to a picture -----------------------------------------------
+
+
+@pytest.fixture
+def hub(repos: Path) -> Iterator[LocalHub]:
+    with serve() as hub:
+        for model in MODELS:
+            hub.add_folder(model.repo, repos / model.id)
+        yield hub
+
+
+def library_of(hub: LocalHub, models: Path, elsewhere: Elsewhere | None = None) -> Library:
+    reached = Hub(hub.endpoint, local=True)
+    return Library(CATALOG, models, lambda: reached, elsewhere)
+
+
+def weights_sent(hub: LocalHub) -> set[str]:
+    return {name for name in hub.sent if is_lfs(name)}
+
+
+def test_an_imported_file_is_completed_and_runs(
+    hub: LocalHub, repos: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "x.safetensors", fused(published(repos, model)))
+    library = library_of(hub, tmp_path / "models")
+    library.import_file(path, model)
+    with pytest.raises(ModelMissing, match="only imported-BF16 is here") as caught:
+        locate(model.id, CATALOG, library.models)
+    assert f"qit models download {model.id}" in caught.value.hint
+    assert library.to_fetch(model) < model.weight_bytes - model.components["transformer"].bytes + 1
+    library.download(model, accept_licence=True)
+    assert not [name for name in hub.sent if name.startswith("transformer/") and is_lfs(name)]
+    assert library.verify(model, full=True) == ()
+    found = locate(model.id, CATALOG, library.models)
+    assert found.variant == "imported-BF16"
+    whole = inspect(repos / model.id, model)
+    assert torch.equal(latents(found, monkeypatch), latents(whole, monkeypatch))
+
+    library.download(model, "bf16")
+    assert locate(model.id, CATALOG, library.models).variant == "bf16"
+    assert library.remove(model, "bf16") > 100_000
+    assert locate(model.id, CATALOG, library.models).variant == "imported-BF16"
+    hub.sent.clear()
+    library.download(model, again=True)
+    assert not [name for name in hub.sent if name.startswith("transformer/") and is_lfs(name)]
+    assert locate(model.id, CATALOG, library.models).variant == "imported-BF16"
+    library.remove(model, "imported-BF16")
+    assert not library.folder(model).exists()
+    assert path.is_file()
+
+
+def test_importing_again_replaces(hub: LocalHub, repos: Path, tmp_path: Path, model: Model) -> None:
+    library = library_of(hub, tmp_path / "models")
+    tensors = published(repos, model)
+    first = library.import_file(write(tmp_path / "a.safetensors", prefixed(tensors)), model)
+    second = library.import_file(write(tmp_path / "b.safetensors", plain(tensors)), model)
+    assert not first.exists()
+    assert [path.name for path in second.parent.iterdir()] == ["b.safetensors"]
+
+
+def test_a_file_found_in_another_program_is_linked_and_runs(
+    hub: LocalHub, repos: Path, tmp_path: Path, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ComfyUI's own bf16 file: its hash is the hub's, so no byte of it is fetched."""
+    monkeypatch.setattr("qwen_image_tool.store.places.SMALLEST", 1)
+    comfy = tmp_path / "ComfyUI" / "models"
+    path = write(comfy / "diffusion_models" / "x.safetensors", fused(published(repos, model)))
+    variant = model.variant("comfy-bf16")
+    assert variant
+    hub.repos[variant.repo] = {variant.file: path.read_bytes()}
+    library = library_of(hub, tmp_path / "models", Elsewhere(None, (comfy,)))
+    library.download(model, "comfy-bf16", accept_licence=True)
+    assert variant.file not in weights_sent(hub)
+    found = locate(model.id, CATALOG, library.models)
+    assert found.variant == "comfy-bf16"
+    whole = inspect(repos / model.id, model)
+    assert torch.equal(latents(found, monkeypatch), latents(whole, monkeypatch))
+
+
+def test_a_lost_import_is_said(hub: LocalHub, repos: Path, tmp_path: Path, model: Model) -> None:
+    path = write(tmp_path / "x.safetensors", plain(published(repos, model)))
+    library = library_of(hub, tmp_path / "models")
+    kept = library.import_file(path, model)
+    library.download(model, accept_licence=True)
+    kept.unlink()
+    library.repair(model)  # from where it was imported
+    assert kept.read_bytes() == path.read_bytes()
+    path.unlink()
+    kept.write_bytes(b"<html>")
+    with pytest.raises(DownloadFailed, match="Import it again"):
+        library.repair(model)
+
+
+def test_what_can_not_run_is_refused(hub: LocalHub, repos: Path, tmp_path: Path) -> None:
+    formats_known = {32: T2I.family} | formats.WIDTHS
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(formats, "WIDTHS", formats_known)
+        library = library_of(hub, tmp_path / "models")
+        tensors = published(repos, T2I)
+        path = write(tmp_path / "x.safetensors", tensors, torch.float8_e4m3fn)
+        library.import_file(path, T2I)
+        with pytest.raises(ModelMissing, match="only imported-F8_E4M3 is here"):
+            locate(T2I.id, CATALOG, library.models)
+        library.download(T2I, "imported-F8_E4M3")
+        with pytest.raises(ModelUnsupported, match="F8_E4M3, and this version runs bf16"):
+            locate(T2I.id, CATALOG, library.models)
+        library.download(T2I)
+        assert locate(T2I.id, CATALOG, library.models).variant == "bf16"
+        with pytest.raises(BadRequest, match="no variant"):
+            library.download(T2I, "imported-F16")
+
+
+def test_from_the_command_line(
+    hub: LocalHub,
+    repos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(formats.WIDTHS, 32, T2I.family)
+    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+    monkeypatch.setenv("QIT_LOCAL_HUB", "1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HOME", str(tmp_path / "nobody"))
+    path = write(tmp_path / "x.safetensors", prefixed(published(repos, T2I)))
+    assert run(["models", "import", str(path), "--as", "qwen-image"]) == 0
+    assert "qit models download qwen-image" in capsys.readouterr().err
+    assert run(["models", "download", "qwen-image"]) == 0
+    command = ["generate", "a cat", "--model", "qwen-image", "--size", "64x64", "--steps", "2"]
+    assert run([*command, "--out", str(tmp_path / "pictures")]) == 0, capsys.readouterr().err
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == 1
+    logs.tear_down()
