@@ -119,7 +119,7 @@ def judge(options: Options) -> None:
     here = Path(__file__).parent
     for script, *arguments in (
         ("evaluate.py", "--out", options.run_dir / "figures.json"),
-        ("evaluate.py", "--sweep", "--out", options.run_dir / "sweep.json"),
+        ("evaluate.py", "--sweep", "--count", "120", "--out", options.run_dir / "sweep.json"),
         ("contact_sheet.py", "--out", options.run_dir / "contact_sheet.png"),
     ):
         command = [here / script, "--weights", options.out, "--device", options.device, *arguments]
