@@ -256,7 +256,7 @@ def compile_blocks(
         return found
 
     if kind == "complex":
-        compiled._turn_in_real_numbers = lambda _: None
+        compiled._turn_in_real_numbers = lambda kind: None  # noqa: ARG005
         compiled._real = lambda value: value
     place = cache if kind in ("cold", "warm") else cache.with_name(f"{cache.name}-{kind}")
     compiled.compile_blocks(bench.transformer.blocks, lengths, place, failures.append)

@@ -3,10 +3,10 @@
     .venv/bin/python benchmarks/decode.py [--json FILE] [--write]
 
 Full-size VAEs with random weights, in bfloat16: the values change neither time nor memory. On a GPU
-the caps are those of torch's allocator, weights included. Seconds are from latents to pixels, both
-on the device, the median of `--repeats` after two that don't count. Working memory is the peak
-beside the weights. `--write` puts the table into docs/benchmarks.md. `--small` makes narrow VAEs
-and small frames, which is what a CPU can do.
+the caps are those of torch's allocator, weights included; strips are chosen as the planner chooses
+them. Seconds are from latents to levels of 0 to 255, both on the device: the median of `--repeats`,
+after two that don't count. Working memory is the peak beside the weights. `--write` puts the table
+into docs/benchmarks.md. `--small` makes narrow VAEs and small frames, which is what a CPU can do.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import torch
 from diffusers import AutoencoderKLQwenImage, AutoencoderKLQwenImage21
 
 from qwen_image_tool.decoding import DECODINGS
+from qwen_image_tool.device import cpu_name
 from qwen_image_tool.engine import vae
 from qwen_image_tool.types import Size
 
@@ -37,7 +38,11 @@ NARROW: dict[str, dict[str, Any]] = {
     "qwen-image": {"base_dim": 8, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1},
     "qwen-image-2.1": {"base_dim": 4, "decoder_base_dim": 8, "num_res_blocks": 1},
 }
-ROOM = 0.9  # of a cap, beside the weights: the rest is for the allocator's rounding
+HEADINGS = [
+    "VAE", "size", "decode", "cap GiB", "seconds", "of full frame", "working GiB", "reserved GiB",
+    "levels apart", "pixels apart",
+]  # fmt: skip
+ROOM = 0.9  # of what a cap leaves beside the weights: the rest is for the allocator's rounding
 Row = dict[str, Any]
 
 
@@ -58,7 +63,6 @@ def main(arguments: list[str] | None = None) -> list[Row]:
             for side in options.sizes or ([128] if options.small else SIZES[family]):
                 rows += measured(Bench(family, Size(side, side), options))
     report = {"machine": machine(options.device), "versions": versions(), "rows": rows}
-    print(table(report))
     if options.json:
         options.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
     else:
@@ -68,85 +72,102 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     return rows
 
 
+def measured(bench: "Bench") -> list[Row]:
+    """The lines of one VAE at one size, diffusers' full frame first."""
+    theirs, ours, rows = bench.theirs, bench.ours, list[Row]()
+
+    def add(what: str, model: Any, cap: float | None = None, strips: int = 1) -> None:
+        rows.append(bench.row(what, model, cap, strips))
+        print(line(rows[-1], rows[0]), flush=True)
+
+    add("diffusers, full frame", theirs)
+    add("diffusers, full frame in float32", copy.deepcopy(theirs).float())
+    theirs.enable_tiling()
+    for cap in [None, *bench.caps]:
+        add("diffusers, tiling", theirs, cap)
+    add("ours, full frame", ours)
+    for strips in () if bench.caps else (4,):
+        add(f"ours, {strips} strips", ours, None, strips)
+    for cap in bench.caps:
+        strips = bench.strips(cap)
+        add("ours, full frame" if strips == 1 else f"ours, {strips} strips", ours, cap, strips)
+    return rows
+
+
 class Bench:
     """One VAE, as diffusers' and as ours, and one picture's latents."""
 
     def __init__(self, family: str, size: Size, options: Any) -> None:
-        self.family, self.size, self.device = family, size, options.device
-        self.caps = options.caps if self.on_gpu else []
-        self.repeats = options.repeats
+        self.family, self.size, self.device = family, size, torch.device(options.device)
+        self.on_gpu = self.device.type == "cuda"
+        self.caps, self.repeats = options.caps if self.on_gpu else [], options.repeats
         torch.manual_seed(0)
-        with torch.device(options.device):
+        with self.device:
             made = CLASSES[family](**NARROW[family] if options.small else {})
         self.theirs = made.to(torch.bfloat16).eval().requires_grad_(False)
         self.ours = copy.deepcopy(self.theirs)
         vae.make_single_frame(self.ours)
-        cells = (1, made.config.z_dim, 1, size.height // self.cell, size.width // self.cell)
+        cell = vae.scale(made)
+        cells = (1, made.config.z_dim, 1, size.height // cell, size.width // cell)
         self.cells = torch.randn(cells, generator=torch.Generator().manual_seed(1))
-        self.reference = torch.empty(0)
+        self.reference: torch.Tensor | None = None
 
-    @property
-    def on_gpu(self) -> bool:
-        return torch.device(self.device).type == "cuda"
+    def strips(self, cap: float) -> int:
+        """As the planner would; as many as there can be where none fits."""
+        decoding = DECODINGS[self.family]
+        weights = sum(p.numel() * p.element_size() for p in self.ours.parameters())
+        most = self.size.height // decoding.cell
+        return decoding.strips(self.size, int((cap * GIB - weights) * ROOM)) or most
 
-    @property
-    def cell(self) -> int:
-        return vae.scale(self.theirs)
-
-    @contextmanager
-    def only(self, model: Any) -> Iterator[torch.Tensor]:
-        """This model alone on the device, and the latents."""
-        self.theirs.cpu(), self.ours.cpu()
-        yield self.cells.to(model.to(self.device).device, torch.bfloat16)
-
-    def row(self, what: str, model: Any, decode: Callable[[Any], Any], cap: float | None) -> Row:
-        """One line of the table; `decode` takes the latents to levels or to pixels in -1 to 1."""
+    def row(self, what: str, model: Any, cap: float | None, strips: int) -> Row:
+        """One line of the table."""
         row: Row = {"family": self.family, "size": str(self.size), "what": what, "cap_gib": cap}
-        with self.only(model) as cells, self.capped(cap):
-            weights = torch.cuda.memory_allocated() if self.on_gpu else 0
+        with self.alone(model, cap):
+            cells = self.cells.to(self.device, model.dtype)
             try:
-                row |= self.timed(lambda: decode(cells), weights)
+                return row | self.timed(model, cells, strips)
             except torch.OutOfMemoryError:
                 return row | {"failed": "out of memory"}
-            return row | self.apart(decode(cells))
 
     @contextmanager
-    def capped(self, gib: float | None) -> Iterator[None]:
-        if not self.on_gpu:
-            yield
-            return
-        torch.cuda.empty_cache()
-        share = 1.0 if gib is None else gib * GIB / torch.cuda.mem_get_info()[1]
-        torch.cuda.set_per_process_memory_fraction(share)
+    def alone(self, model: Any, cap: float | None) -> Iterator[None]:
+        """Only this model is on the device, and torch's allocator takes no more than the cap."""
+        self.theirs.cpu()
+        self.ours.cpu()
+        if self.on_gpu:
+            torch.cuda.empty_cache()
+            share = cap * GIB / torch.cuda.mem_get_info()[1] if cap else 1.0
+            torch.cuda.set_per_process_memory_fraction(share)
         try:
+            model.to(self.device)
             yield
         finally:
-            torch.cuda.set_per_process_memory_fraction(1.0)
-            torch.cuda.empty_cache()
+            model.cpu()
+            if self.on_gpu:
+                torch.cuda.set_per_process_memory_fraction(1.0)
 
-    def timed(self, decode: Callable[[], Any], weights: int) -> Row:
-        took = []
-        for _ in range(2):
-            decode()
+    def timed(self, model: Any, cells: torch.Tensor, strips: int) -> Row:
+        row, took = self.apart(vae.levels(model, cells, strips)), []
+        vae.levels(model, cells, strips)
+        weights = torch.cuda.memory_allocated() if self.on_gpu else 0
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()
         for _ in range(self.repeats):
             self.synchronize()
             started = time.perf_counter()
-            decode()
+            vae.levels(model, cells, strips)
             self.synchronize()
             took.append(time.perf_counter() - started)
-        row: Row = {"seconds": statistics.median(took)}
+        row["seconds"] = statistics.median(took)
         if self.on_gpu:
             row["working_gib"] = (torch.cuda.max_memory_allocated() - weights) / GIB
             row["reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
         return row
 
-    def apart(self, pixels: torch.Tensor) -> Row:
+    def apart(self, levels: torch.Tensor) -> Row:
         """How far the picture is from the first one."""
-        levels = pixels if pixels.dtype == torch.uint8 else vae._levels(pixels[:, :, 0])
         levels = levels.cpu().int()
-        if not self.reference.numel():
+        if self.reference is None:
             self.reference = levels
         difference = (levels - self.reference).abs()
         return {
@@ -160,53 +181,15 @@ class Bench:
             torch.cuda.synchronize()
 
 
-def measured(bench: Bench) -> list[Row]:
-    """The lines of one VAE at one size, diffusers' full frame first."""
-    model, size = bench.theirs, bench.size
-    rows: list[Row] = []
-
-    def theirs(cells: torch.Tensor) -> Any:
-        return model.decode(cells, return_dict=False)[0]
-
-    def add(*arguments: Any) -> None:
-        rows.append(bench.row(*arguments))
-        print(line(rows[-1], rows), flush=True)
-
-    add("diffusers, full frame", model, theirs, None)
-    model.enable_tiling()
-    for cap in [None, *bench.caps]:
-        add("diffusers, tiling", model, theirs, cap)
-    weights = sum(p.numel() * p.element_size() for p in bench.ours.parameters())
-    for cap in [None, *bench.caps]:
-        strips: int | None = 1
-        if cap:
-            budget = int((cap * GIB - weights) * ROOM)
-            strips = DECODINGS[bench.family].strips(size, budget)
-        if strips is None:
-            continue
-        what = "ours, full frame" if strips == 1 else f"ours, {strips} strips"
-        add(what, bench.ours, lambda c, n=strips: vae.levels(bench.ours, c, n), cap)
-    if not bench.caps:
-        add("ours, 4 strips", bench.ours, lambda c: vae.levels(bench.ours, c, 4), None)
-    return rows
-
-
-HEADINGS = [
-    "VAE", "size", "decode", "cap GiB", "seconds", "of full frame", "working GiB", "reserved GiB",
-    "levels apart", "pixels apart",
-]  # fmt: skip
-
-
-def line(row: Row, rows: list[Row]) -> str:
+def line(row: Row, full: Row) -> str:
     """A row of the table; its speed against diffusers' full frame of that size."""
-    same = [r for r in rows if (r["family"], r["size"]) == (row["family"], row["size"])]
     cells = [row["family"], row["size"], row["what"], row["cap_gib"] or ""]
     if "failed" in row:
         cells += [row["failed"], "", "", "", "", ""]
     else:
         cells += [
             f"{row['seconds']:.4f}",
-            f"{row['seconds'] / same[0]['seconds']:.2f}",
+            f"{row['seconds'] / full['seconds']:.2f}" if "seconds" in full else "",
             f"{row['working_gib']:.2f}" if "working_gib" in row else "",
             f"{row['reserved_gib']:.2f}" if "reserved_gib" in row else "",
             row["levels_apart"],
@@ -216,10 +199,11 @@ def line(row: Row, rows: list[Row]) -> str:
 
 
 def table(report: dict[str, Any]) -> str:
-    rows = report["rows"]
+    """Markdown; every line is compared with the first of its VAE and size."""
+    full: dict[tuple[str, str], Row] = {}
+    body = [line(r, full.setdefault((r["family"], r["size"]), r)) for r in report["rows"]]
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     head = f"`benchmarks/decode.py`: {report['machine']}, {versions}; bfloat16, random weights."
-    body = [line(row, rows) for row in rows]
     return "\n".join([head, "", f"| {' | '.join(HEADINGS)} |", "|---" * len(HEADINGS) + "|", *body])
 
 
@@ -234,9 +218,8 @@ def write(text: str) -> None:
 
 
 def machine(device: str) -> str:
-    if torch.device(device).type == "cuda":
-        return f"{torch.cuda.get_device_name()}, {platform.system()}"
-    return f"CPU, {torch.get_num_threads()} threads, {platform.system()}"
+    on_gpu = torch.device(device).type == "cuda"
+    return f"{torch.cuda.get_device_name() if on_gpu else cpu_name()}, {platform.system()}"
 
 
 def versions() -> dict[str, str]:

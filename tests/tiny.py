@@ -71,6 +71,10 @@ def text_encoder(vocabulary: int, width: int = 32) -> Any:
     )
 
 
+def vae() -> Any:
+    return AutoencoderKLQwenImage(base_dim=8, z_dim=16, dim_mult=[1, 2, 2, 2], num_res_blocks=1)
+
+
 def pipeline(seed: int = 0, layers: int = 2) -> Any:
     """A whole QwenImagePipeline in float32, a few 100,000 random parameters."""
     torch.manual_seed(seed)
@@ -82,10 +86,9 @@ def pipeline(seed: int = 0, layers: int = 2) -> Any:
         joint_attention_dim=32,
         axes_dims_rope=(4, 6, 6),
     )
-    vae = AutoencoderKLQwenImage(base_dim=8, z_dim=16, dim_mult=[1, 2, 2, 2], num_res_blocks=1)
     return QwenImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULER),
-        vae=vae.eval(),
+        vae=vae().eval(),
         text_encoder=text_encoder(len(words)).eval(),
         tokenizer=words,
         transformer=transformer.eval(),
@@ -154,6 +157,12 @@ def text_encoder_21(vocabulary: int, width: int = 32) -> Any:
     return Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision))
 
 
+def vae_21() -> Any:
+    return AutoencoderKLQwenImage21(
+        base_dim=4, decoder_base_dim=8, dim_mult=[1, 1, 2, 2, 2], num_res_blocks=1
+    )
+
+
 def save_21(folder: Path, seed: int = 0, layers: int = 4, turbo: bool = False) -> Path:
     """Write a tiny Qwen-Image-2.1 in the layout of the published one: several shards, bfloat16 with
     the VAE in float32. `seed` changes the transformer alone, as in Turbo."""
@@ -167,11 +176,9 @@ def save_21(folder: Path, seed: int = 0, layers: int = 4, turbo: bool = False) -
         axes_dims_rope=(4, 6, 6),
     )
     torch.manual_seed(99)
-    vae = AutoencoderKLQwenImage21(
-        base_dim=4, decoder_base_dim=8, dim_mult=[1, 1, 2, 2, 2], num_res_blocks=1
-    )
+    decoder = vae_21()
     transformer.to(torch.bfloat16).save_pretrained(folder / "transformer", max_shard_size="40KB")
-    vae.save_pretrained(folder / "vae")
+    decoder.save_pretrained(folder / "vae")
     encoder = text_encoder_21(len(words)).to(torch.bfloat16)
     encoder.save_pretrained(folder / "text_encoder", max_shard_size="50KB")
     words.save_pretrained(folder / "processor")

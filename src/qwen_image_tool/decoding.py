@@ -34,7 +34,7 @@ class Decoding:
         return next((n for n in choices if self.bytes(size, n) <= budget), None)
 
 
-# Counted with tests/live.py, which counts the bytes of all living tensors
+# Counted by tests/live.py; tests/test_vae.py holds them to it
 DECODINGS = {
     "qwen-image": Decoding(cell=8, head=90, kept=18, strip=680, margin=16, whole=4250),
     "qwen-image-2.1": Decoding(cell=16, head=68, kept=17, strip=1600, margin=48, whole=6800),

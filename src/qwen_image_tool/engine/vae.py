@@ -68,8 +68,10 @@ class _Decoder(nn.Module):
 
     The head sees the whole frame at the size of the latents, because of its attention. Each part
     of the tail sees a few rows around a row (`needs`), so the tail runs on strips of the frame.
-    Weights and activations are channels-last: convolutions need no transposed copies, a strip of
-    rows is one piece of memory. On Apple's GPU they are not (not verified there).
+
+    In float32 weights and numbers are channels-last, which is faster. In bfloat16 they are not: it
+    would change the order of sums, and so deep in bfloat16 one rounding grows to several levels.
+    On Apple's GPU channels-last is not verified.
     """
 
     def __init__(self, post_quant_conv: Any, decoder: Any) -> None:
@@ -83,8 +85,9 @@ class _Decoder(nn.Module):
         self._parts = [part for up in decoder.up_blocks for part in _up_block(up)]
         self._parts.append(_Output(decoder.norm_out, decoder.conv_out))
         self.tail = nn.ModuleList(self._parts)
-        device = next(decoder.parameters()).device.type
-        self._format = torch.contiguous_format if device == "mps" else torch.channels_last
+        kind = decoder.conv_in.weight
+        plain = kind.dtype != torch.float32 or kind.device.type == "mps"
+        self._format = torch.contiguous_format if plain else torch.channels_last
         for weight in self.parameters():
             if weight.ndim == 4:
                 weight.data = weight.data.contiguous(memory_format=self._format)
@@ -106,6 +109,7 @@ class _Decoder(nn.Module):
         for part, (low, high) in zip(self._parts, outcomes, strict=True):
             top = start * part.factor
             cells = part(cells)[:, :, low - top : high - top]
+            cells = cells.contiguous(memory_format=self._format)
             start = low
         return cells
 
