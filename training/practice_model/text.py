@@ -195,6 +195,23 @@ class Reader(nn.Module):
         return [*scores, self.background(ends[:, 3]), self.whole(ends[:, 4])]
 
 
+def fit_reader(
+    encoder: CaptionEncoder, reader: Reader, ids: Tensor, lengths: Tensor, wanted: Tensor
+) -> None:
+    """Fits the heads to an encoder that stays as it is."""
+    with torch.no_grad():
+        hidden = torch.cat([encoder(part.long()) for part in torch.split(ids, 1024)])
+    optimizer = torch.optim.Adam(reader.parameters(), lr=0.02)
+    steps = 300
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 0.02 * (1 - step / steps)
+        rows = torch.randint(len(ids), (1024,), device=ids.device)
+        loss, _ = reading_loss(reader(hidden[rows], lengths[rows].long()), wanted[rows].long())
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        optimizer.step()
+
+
 def reading_loss(scores: list[Tensor], wanted: Tensor) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy over the parts, and the share of captions read without any mistake."""
     losses = [

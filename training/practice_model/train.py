@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import multiprocessing
+import os
 import random
 import shutil
 import subprocess
@@ -26,21 +28,23 @@ from text import (
     CaptionEncoder,
     Reader,
     build_encoder,
+    fit_reader,
     reading_loss,
     targets,
     tokenise,
     train_tokenizer,
 )
 from torch import Tensor, nn
-from transformer import CONFIG as TRANSFORMER
 from transformer import (
     TOKENS,
     UNCONDITIONAL,
     build_scheduler,
     build_transformer,
+    deepened,
     draw_latents,
     flow_loss,
     prepare_for_training,
+    rehearse,
 )
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from vae import Z_DIM, SingleFrameVae, from_real, picture_loss, to_real, window_batch
@@ -95,22 +99,73 @@ def text_stage(options: Options) -> None:
 
 
 def transformer_stage(options: Options) -> None:
-    train_transformer(options, make_scenes(options))
+    begin = time.time()
+    every = make_scenes(options)
+    latents = make_latents(options, every, begin + LATENTS_READY * options.minutes * 60)
+    model = compiled_transformer(options)
+    left = options.minutes - (time.time() - begin) / 60
+    train_transformer(replace(options, minutes=left), model, every, latents)
 
 
 def all_stage(options: Options) -> None:
-    """From the weights in `options.weights` to better ones in `options.out`, and their figures.
+    """From the weights in `options.weights` to better ones in `options.out`, in `options.minutes`.
 
-    A transformer that goes on keeps the text encoder whose words it knows.
+    Two processes prepare latents and words while this one compiles the steps.
     """
     begin = time.time()
     import_stage(options)
-    scenes = make_scenes(options)
-    if not (options.run_dir / "transformer.pt").exists():
-        train_text(replace(options, minutes=0.12 * options.minutes), scenes)
-    left = 0.87 * options.minutes - (time.time() - begin) / 60
-    train_transformer(replace(options, minutes=left), scenes)
-    export_stage(options)
+    spawn = multiprocessing.get_context("spawn")
+    until = begin + LATENTS_READY * options.minutes * 60
+    helpers = [
+        spawn.Process(target=prepare_latents, args=(options, until)),
+        spawn.Process(target=prepare_words, args=(options, os.getpid())),
+    ]
+    (options.run_dir / "scenes.pt").unlink(missing_ok=True)
+    try:
+        for helper in helpers:
+            helper.start()
+        model = compiled_transformer(options)
+        for helper in helpers:
+            helper.join()
+            if helper.exitcode:
+                raise RuntimeError(f"{helper.name} ended with {helper.exitcode}: see above")
+    finally:
+        for helper in helpers:
+            helper.terminate()
+    print(f"prepared in {time.time() - begin:.0f} s", flush=True)
+    every, latents = (
+        torch.load(options.run_dir / file, map_location=options.device, weights_only=False)
+        for file in ("scenes.pt", "latents.pt")
+    )
+    left = options.minutes - (time.time() - begin) / 60 - MINUTES_AROUND
+    train_transformer(replace(options, minutes=left), model, every, latents)
+
+
+LATENTS_READY = 0.15  # share of the time
+TEXT_SHARE = 0.05  # of the time, for the text encoder's steps, if it has to learn
+READS_WELL = 0.995  # share of held-out captions
+MINUTES_AROUND = 0.3  # for Python's imports before and the export after
+
+
+def prepare_latents(options: Options, until: float) -> None:
+    every = make_scenes(options)
+    save(options.run_dir / "scenes.pt", every)
+    save(options.run_dir / "latents.pt", make_latents(options, every, until))
+
+
+def prepare_words(options: Options, parent: int) -> None:
+    """Trains the text encoder on the scenes of `prepare_latents` when they are there."""
+    file = options.run_dir / "scenes.pt"
+    while not file.exists():
+        if os.getppid() != parent:
+            raise RuntimeError("no scenes: the training ended")
+        time.sleep(0.2)
+    every = torch.load(file, map_location=options.device, weights_only=False)
+    minutes = TEXT_SHARE * options.minutes
+    train_text(replace(options, minutes=minutes, compile=False), every)
+
+
+def judge_stage(options: Options) -> None:
     judge(options)
 
 
@@ -119,7 +174,7 @@ def judge(options: Options) -> None:
     here = Path(__file__).parent
     for script, *arguments in (
         ("evaluate.py", "--out", options.run_dir / "figures.json"),
-        ("evaluate.py", "--sweep", "--out", options.run_dir / "sweep.json"),
+        ("evaluate.py", "--sweep", "--count", "120", "--out", options.run_dir / "sweep.json"),
         ("contact_sheet.py", "--out", options.run_dir / "contact_sheet.png"),
     ):
         command = [here / script, "--weights", options.out, "--device", options.device, *arguments]
@@ -137,13 +192,23 @@ def make_scenes(options: Options) -> list[Scenes]:
 def train_text(options: Options, every: list[Scenes]) -> None:
     tokenizer = load_tokenizer(options)
     encoder = CaptionEncoder(build_encoder(tokenizer), tokenizer)
-    model = nn.ModuleDict({"encoder": encoder, "reader": Reader()}).to(options.device)
+    reader = Reader()
+    model = nn.ModuleDict({"encoder": encoder, "reader": reader}).to(options.device)
     if options.compile:
         encoder.compile_layers()
     ids = torch.cat([scenes.ids for scenes in every])
     lengths = torch.cat([scenes.lengths for scenes in every])
     wanted = torch.cat([scenes.targets for scenes in every])
     count = options.batch or 2048
+
+    file = options.run_dir / "text.pt"
+    if file.exists():
+        model.load_state_dict(load_state(options, "text"))
+        fit_reader(encoder, reader, ids[:4096, 0], lengths[:4096, 0], wanted[:4096])
+        save(file, {"average": model.state_dict()})
+        print(f"reads {(share := read_held_out(options)):.2%} at first", flush=True)
+        if share >= READS_WELL:
+            return
 
     def losses(_: random.Random) -> Steps:
         while True:
@@ -154,8 +219,11 @@ def train_text(options: Options, every: list[Scenes]) -> None:
                 scores = model["reader"](hidden, lengths[rows, wording].long())
             yield reading_loss(scores, wanted[rows].long())
 
-    fit("text", options, model, losses, (0.02, 2e-3), ("embed_tokens", "reader"))
-    print(f"reads {read_held_out(options):.2%} of the held-out captions without a mistake")
+    rates = (0.006, 1e-3) if file.exists() else (0.02, 2e-3)
+    fit("text", options, model, losses, rates, ("embed_tokens", "reader"))
+    print(
+        f"reads {read_held_out(options):.2%} of the held-out captions without a mistake", flush=True
+    )
 
 
 @torch.no_grad()
@@ -173,34 +241,54 @@ def read_held_out(options: Options) -> float:
     return reading_loss(scores, wanted)[1].item()
 
 
-def train_transformer(options: Options, every: list[Scenes]) -> None:
-    """Latents for at most an eighth of the time, then steps of one picture size each."""
+def make_latents(options: Options, every: list[Scenes], until: float) -> list[Tensor]:
     begin = time.time()
-    latents = draw_latents(*load_vae(options), every, begin + options.minutes * 60 / 8)
+    latents = draw_latents(*load_vae(options), every, until)
     print(f"{sum(map(len, latents)):,} latents in {time.time() - begin:.0f} s", flush=True)
-    encoder = load_text(options)[0].to(options.device)
+    return latents
+
+
+def compiled_transformer(options: Options) -> QwenImageTransformer2DModel:
+    """Its training graphs are made here, one for each number of tokens in a picture."""
     model = build_transformer().to(options.device)
     prepare_for_training(model, options.device)
     if options.compile:
-        encoder.compile_layers()
+        begin = time.time()
         model.compile_repeated_blocks(dynamic=False)
-    blank, blank_length = (x.to(options.device) for x in tokenise(load_tokenizer(options), [" "]))
-    count = options.batch or 1024
+        rehearse(model, options.batch or STEP_PICTURES, options.device)
+        print(f"compiled in {time.time() - begin:.0f} s", flush=True)
+    return model
+
+
+STEP_PICTURES = 1024
+
+
+def train_transformer(
+    options: Options, model: nn.Module, every: list[Scenes], latents: list[Tensor]
+) -> None:
+    """Steps of one picture size each. The words of every sentence are encoded once, before."""
+    begin = time.time()
+    tokenizer = load_tokenizer(options)
+    encoder = load_text(options)[0].to(options.device)
+    words = [encode_words(encoder, s, pictures) for s, pictures in zip(every, latents, strict=True)]
+    blank, blank_length = (x.to(options.device) for x in tokenise(tokenizer, [" "]))
+    nothing = encode_ids(encoder, blank)
+    print(f"words in {time.time() - begin:.0f} s", flush=True)
+    count = options.batch or STEP_PICTURES
 
     def losses(rng: random.Random) -> Steps:
         frequencies = [len(done) for done in latents]
+        choices = [*zip(every, latents, words, strict=True)]
         while True:
-            [(scenes, pictures)] = rng.choices([*zip(every, latents, strict=True)], frequencies)
+            [(scenes, pictures, said)] = rng.choices(choices, frequencies)
             rows = torch.randint(len(pictures), (count,), device=options.device)
-            wording = torch.randint(scenes.ids.shape[1], (count,), device=options.device)
+            wording = torch.randint(said.shape[1], (count,), device=options.device)
             unsaid = torch.rand(count, device=options.device) < UNCONDITIONAL
-            ids = torch.where(unsaid[:, None], blank, scenes.ids[rows, wording].long())
+            spoken = said[rows, wording]
+            spoken = torch.where(unsaid[:, None, None], nothing[:, : spoken.shape[1]], spoken)
             lengths = torch.where(unsaid, blank_length, scenes.lengths[rows, wording].long())
-            ids = ids[:, : TOKENS - pictures.shape[1]]
-            with torch.no_grad(), torch.autocast(options.device, torch.bfloat16):
-                words = encoder(ids)
-            mask = torch.arange(ids.shape[1], device=options.device) < lengths[:, None]
-            loss = flow_loss(model, pictures[rows].float(), words.float(), mask, scenes.size)
+            mask = torch.arange(spoken.shape[1], device=options.device) < lengths[:, None]
+            loss = flow_loss(model, pictures[rows].float(), spoken.float(), mask, scenes.size)
             yield loss, loss.detach()
 
     left = replace(options, minutes=options.minutes - (time.time() - begin) / 60)
@@ -209,10 +297,24 @@ def train_transformer(options: Options, every: list[Scenes]) -> None:
         left,
         model,
         losses,
-        (0.02, 2e-3),
+        (0.015, 1.5e-3),
         TRANSFORMER_ADAM_ONLY,
         partial(export_stage, options),
     )
+
+
+def encode_words(encoder: CaptionEncoder, scenes: Scenes, pictures: Tensor) -> Tensor:
+    """(n, WORDINGS, TOKENS - picture tokens, 192) bfloat16 for the n scenes with pictures."""
+    ids = scenes.ids[: len(pictures), :, : TOKENS - pictures.shape[1]]
+    parts = [encode_ids(encoder, part) for part in torch.split(ids.flatten(0, 1), 4096)]
+    return torch.cat(parts).view(*ids.shape, -1)
+
+
+@torch.no_grad()
+def encode_ids(encoder: CaptionEncoder, ids: Tensor) -> Tensor:
+    with torch.autocast(ids.device.type, torch.bfloat16):
+        hidden: Tensor = encoder(ids.long())
+    return hidden.bfloat16()
 
 
 TRANSFORMER_ADAM_ONLY = ("_mod", "img_in", "txt_in", "time_text_embed", "norm_out", "proj_out")
@@ -256,7 +358,7 @@ def catalogue_figures(folder: Path) -> dict[str, dict[str, int]]:
 def import_stage(options: Options) -> None:
     """Starts a run from the shipped weights: everything but the optimizers' state.
 
-    A transformer of another depth than `build_transformer` makes is left out.
+    A transformer with fewer blocks than `build_transformer` makes gets new ones in between.
     """
     tokenizer = Qwen2Tokenizer.from_pretrained(options.weights / "tokenizer")
     tokenizer.save_pretrained(options.run_dir / "tokenizer")
@@ -271,10 +373,7 @@ def import_stage(options: Options) -> None:
     transformer = QwenImageTransformer2DModel.from_pretrained(
         options.weights / "transformer", torch_dtype=torch.float32
     )
-    if transformer.config.num_layers == TRANSFORMER["num_layers"]:
-        save(options.run_dir / "transformer.pt", {"average": transformer.state_dict()})
-    else:
-        print(f"{transformer.config.num_layers} blocks there: the transformer starts anew")
+    save(options.run_dir / "transformer.pt", {"average": deepened(transformer).state_dict()})
 
 
 STAGES: dict[str, Callable[[Options], None]] = {
@@ -285,6 +384,7 @@ STAGES: dict[str, Callable[[Options], None]] = {
     "export": export_stage,
     "import": import_stage,
     "all": all_stage,
+    "judge": judge_stage,
 }
 
 
@@ -340,24 +440,24 @@ def fit(
     shown = figure.clone()
     while True:
         torch.autograd.backward(loss)
-        optimizers.step(min((iteration - first + 1) / WARM_UP, 1.0, (1 - share) / 0.6))
+        optimizers.step(min((iteration - first + 1) / WARM_UP, 1.0, (1 - share) / 0.65))
         iteration += 1
         with torch.no_grad():
             torch._foreach_lerp_(slow, fast, 1 - min(AVERAGE, (1 + iteration) / (10 + iteration)))
         shown.lerp_(figure, 0.03)
         if (iteration - first) % 100 == 0:
             report(name, time.time() - begin, iteration - first, shown.item())
-        share = (time.time() - begin) / (options.minutes * 60)
+        share = (time.time() - begin) / max(options.minutes * 60, 1e-9)
         if share >= 1:
             return keep()
-        if time.time() - saved > 150:
+        if time.time() - saved > 120:
             saved = time.time()
             keep()
         loss, figure = steps.send(share)
 
 
 WARM_UP = 200  # steps
-AVERAGE = 0.999  # share of itself that the moving average keeps each step
+AVERAGE = 0.998  # share of itself that the moving average keeps each step
 
 
 def report(name: str, seconds: float, steps: int, figure: float) -> None:
@@ -368,7 +468,7 @@ def report(name: str, seconds: float, steps: int, figure: float) -> None:
 # State
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
+def save(path: Path, state: object) -> None:
     """Whole or not at all."""
     torch.save(state, path.with_suffix(".tmp"))
     path.with_suffix(".tmp").replace(path)
@@ -425,7 +525,7 @@ def main() -> None:
     parser.add_argument("--run-dir", type=Path, required=True, help="state of the training")
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--batch", type=int, default=0, help="a step; default: the stage's own")
-    parser.add_argument("--scenes", type=int, default=400_000, help="different ones to train on")
+    parser.add_argument("--scenes", type=int, default=200_000, help="different ones to train on")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="where to start from")
@@ -435,7 +535,6 @@ def main() -> None:
     options = Options(**arguments)
     options.run_dir.mkdir(parents=True, exist_ok=True)
     torch._dynamo.config.recompile_limit = 32  # one graph a picture size
-    torch._dynamo.config.suppress_errors = True
     torch.manual_seed(0)
     stage(options)
 

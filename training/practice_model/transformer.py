@@ -12,7 +12,7 @@ from scenes import Scenes
 from text import WIDTH as TEXT_WIDTH
 from torch import Tensor, nn
 from vae import Z_DIM, SingleFrameVae
-from world import paint
+from world import SIZES, paint
 
 CONFIG: dict[str, Any] = {
     "patch_size": 2,
@@ -53,6 +53,36 @@ def build_transformer() -> QwenImageTransformer2DModel:
     nn.init.zeros_(model.proj_out.weight)
     nn.init.zeros_(model.proj_out.bias)
     return model
+
+
+def deepened(model: QwenImageTransformer2DModel) -> QwenImageTransformer2DModel:
+    """One of `build_transformer`'s depth that starts with the same numbers as `model`.
+
+    The blocks it lacks are spread evenly between its own, as the identity.
+    """
+    deep, wanted = build_transformer(), CONFIG["num_layers"]
+    have = model.config.num_layers
+    if have > wanted:
+        raise ValueError(f"{have} blocks there, more than the {wanted} trained here")
+    state = deep.state_dict()
+    for name, value in model.state_dict().items():
+        target, (head, _, rest) = name, name.partition(".")
+        if head == "transformer_blocks":
+            index, _, tail = rest.partition(".")
+            target = f"{head}.{int(index) * wanted // have}.{tail}"
+        state[target].copy_(value)
+    return deep
+
+
+def rehearse(model: QwenImageTransformer2DModel, count: int, device: str) -> None:
+    """One step without effect of each shape, so that everything is compiled before the first."""
+    for width, height in SIZES:
+        tokens = width * height // 32**2
+        latents = torch.zeros(count, tokens, 4 * Z_DIM, device=device)
+        words = torch.zeros(count, TOKENS - tokens, TEXT_WIDTH, device=device)
+        mask = torch.ones(count, TOKENS - tokens, dtype=torch.bool, device=device)
+        torch.autograd.backward(flow_loss(model, latents, words, mask, (width, height)))
+    model.zero_grad(set_to_none=True)
 
 
 def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
