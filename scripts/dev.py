@@ -28,7 +28,7 @@ def test(arguments: Sequence[str]) -> list[list[str]]:
 
 
 def check(arguments: Sequence[str]) -> list[list[str]]:
-    shell = [str(path) for path in (Path("qit"), Path(".ci/run"))]
+    shell = ["qit", ".ci/run", "run_backend.sh"]
     docs = ROOT / "scripts" / "check_docs.py"
     return [
         python("ruff", "check", *arguments),

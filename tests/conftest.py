@@ -14,7 +14,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     home = tmp_path / "home"
     home.mkdir()
     monkeypatch.setenv("QIT_HOME", str(home))
-    for name in ("QIT_OUTPUT", "QIT_MODELS", "QIT_CACHE", "QIT_LOGS"):
+    for name in ("QIT_OUTPUT", "QIT_MODELS", "QIT_CACHE", "QIT_LOGS", "QIT_DATA", "QIT_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     return home

@@ -15,11 +15,12 @@ HEAVY = {"torch", "diffusers", "transformers", "accelerate", "safetensors"}
 LEVELS = [
     ["errors", "types"],
     ["catalog", "settings", "logs", "decoding", "rates"],
-    ["device", "store", "gallery"],
+    ["device", "store", "database", "gallery", "jobs"],
     ["needs", "planner", "doctor"],
     ["engine"],
-    ["app"],
-    ["cli"],
+    ["messages", "progress", "exits", "lifeline", "supervisor", "transfers", "feed"],
+    ["app", "service"],
+    ["server", "worker", "cli"],
 ]
 RANK = {name: (level, place) for level, row in enumerate(LEVELS) for place, name in enumerate(row)}
 
@@ -64,7 +65,10 @@ def test_only_the_engine_imports_torch(path: Path) -> None:
     assert not heavy or room(path) == "engine", f"{path} imports {heavy}"
 
 
-@pytest.mark.parametrize("module", ["cli", "app", "gallery", "planner", "doctor", "device"])
+LIGHT = ["cli", "app", "gallery", "planner", "doctor", "device", "service", "server.run", "worker"]
+
+
+@pytest.mark.parametrize("module", LIGHT)
 def test_importing_a_face_loads_nothing_heavy(module: str) -> None:
     code = f"import sys, qwen_image_tool.{module}\nprint(sorted({HEAVY!r} & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -397,10 +397,18 @@ def test_a_damaged_text_is_an_error(empty: Path) -> None:
         read_image_info(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"GIF89a", b"\xff\xd8\xff\xe0JFIF"])
-def test_not_a_png(empty: Path, content: bytes) -> None:
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", "is not a PNG, JPEG or WebP"),
+        (b"GIF89a", "is not a PNG, JPEG or WebP"),
+        (b"\xff\xd8\xff\xe0JFIF", "is damaged"),
+        (b"RIFF\0\0\0\0WEBP", "is damaged"),
+    ],
+)
+def test_not_a_picture(empty: Path, content: bytes, why: str) -> None:
     (empty / "x").write_bytes(content)
-    with pytest.raises(NotOurPicture, match="is not a PNG file"):
+    with pytest.raises(NotOurPicture, match=why):
         read_image_info(empty / "x")
 
 

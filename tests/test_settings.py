@@ -69,7 +69,7 @@ def test_a_byte_order_mark_and_chinese_are_read(home: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"outptu = 'x'\n", ["'outptu'", "output, models, cache, logs"]),
+        (b"outptu = 'x'\n", ["'outptu'", "output, models, data, cache, logs"]),
         (b"output = 7\n", ["output", "7"]),
         (b"home = '/x'\n", ["'home'"]),
         (b'output = "D:\\pictures"\n', ["single quotes"]),

@@ -61,8 +61,10 @@ def never() -> bool:
 class App:
     """Everything the faces can ask for. Heavy parts load at their first use."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, previews: bool = False) -> None:
+        """`previews`: emit what a picture looks like while it is drawn."""
         self.settings = settings
+        self._previews = previews
         self.catalog = load_catalog()
         self._engine: Engine | None = None
         self._device: Device | None = None
@@ -83,6 +85,10 @@ class App:
     def resolve(self, request: Request, installed: store.Installed) -> Request:
         """The request with every choice filled in. Raises BadRequest."""
         return installed.model.resolve(request, secrets.randbelow(SEEDS))
+
+    def ready(self, request: Request) -> Request:
+        """The request resolved for a model that is on disk. Raises BadRequest or ModelMissing."""
+        return self.resolve(request, self._locate(request.model))
 
     def model(self, reference: str) -> Model:
         """The catalogue's row of an id, or the one made for a local folder. Raises BadRequest."""
@@ -166,10 +172,11 @@ class App:
             seconds=plan.seconds if plan else None,
             ram_bytes=plan.ram_bytes if plan else 0,
             vram_bytes=plan.vram_bytes if plan else 0,
-            to_fetch=0 if self._is_ready(model) else self.library.to_fetch(model, variant),
+            to_fetch=0 if self.is_ready(model) else self.library.to_fetch(model, variant),
         )
 
-    def _is_ready(self, model: Model) -> bool:
+    def is_ready(self, model: Model) -> bool:
+        """Whether it is on disk, whole as far as a quick look shows."""
         try:
             self._locate(model.id)
         except BadRequest:
@@ -185,12 +192,15 @@ class App:
         ram_bytes: int | None = None,
         vram_bytes: int | None = None,
         anyway: bool = False,
+        job: str = "",
+        skip: int = 0,
     ) -> Result:
         """Make and save the pictures. What can be refused is refused before any weight is read;
         where the memory runs out, the planner's fallbacks are tried, each once.
 
         `ram_bytes`, `vram_bytes`: use no more of the free memory than this. `anyway`: as
-        planner.plans. Raises ToolError. A picture that was saved is whole and stays.
+        planner.plans. `job` is written into the pictures. `skip`: begin so many plans later, the
+        last one at the latest. Raises ToolError. A picture that was saved is whole and stays.
         """
         installed = self._locate(request.model)
         resolved = self.resolve(request, installed)
@@ -201,6 +211,7 @@ class App:
 
         here = self._device_for(installed, emit).within(ram_bytes, vram_bytes)
         plans = planner.plans(resolved, installed, here, anyway)
+        plans = plans[min(skip, len(plans) - 1) :]
         for reason in plans[0].reasons:
             emit(Notice(text=reason))
         assert self._engine
@@ -215,7 +226,7 @@ class App:
         for index, image in enumerate(run.images):
             alone = resolved.for_image(index)
             path = gallery.save_image(
-                image, folder, alone, run.plan, versions, model_name=installed.model.name
+                image, folder, alone, run.plan, versions, installed.model.name, job
             )
             emit(Saved(path=str(path), seed=alone.seeds[0]))
             files.append(ImageFile(path=str(path), seed=alone.seeds[0], size=Size(*image.size)))
@@ -236,13 +247,16 @@ class App:
         if self._engine is None or self._device is None or self._engine.installed != installed:
             if self._engine:
                 self._engine.release()
-            self._engine = Engine(installed, self.settings.cache)
+            self._engine = Engine(installed, self.settings.cache, self._previews)
             self._device = self._measured(device.probe(torch_facts()), emit)
         return self._device
 
     def _here(self) -> Device:
         """This machine, read in a child process, with what it was measured to do before."""
-        found = device.probe(device.probe_in_child())
+        return self.with_rates(device.probe(device.probe_in_child()))
+
+    def with_rates(self, found: Device) -> Device:
+        """`found`, with what it was measured to do before."""
         return found.with_rates(self.rates.get(found) or Rates())
 
     def _measured(self, found: Device, emit: Callable[[Event], None]) -> Device:

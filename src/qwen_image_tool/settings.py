@@ -39,6 +39,10 @@ def _models() -> Path:
     return (home() or platformdirs.user_data_path(APP, appauthor=False)) / "models"
 
 
+def _data() -> Path:
+    return (home() or platformdirs.user_data_path(APP, appauthor=False)) / "data"
+
+
 def _cache() -> Path:
     own = home()
     return own / "cache" if own else platformdirs.user_cache_path(APP, appauthor=False)
@@ -64,11 +68,17 @@ class Settings(BaseSettings):
 
     output: Path = Field(default=Path("output"), description="Folder that pictures are saved in")
     models: Path = Field(default_factory=_models, description="Folder that holds the models")
+    data: Path = Field(
+        default_factory=_data, description="Folder of the queue, the gallery's index and the access"
+    )
     cache: Path = Field(default_factory=_cache, description="Folder for what can be made again")
     logs: Path = Field(default_factory=_logs, description="Folder of the log files")
     other_models: str = Field(
         default="",
         description="More folders to look for models in, read-only, separated like PATH",
+    )
+    idle_seconds: float = Field(
+        default=600, gt=0, description="A model without work for so long leaves the memory"
     )
     source: Literal["huggingface", "modelscope"] = Field(
         default="huggingface", description="Where models are fetched from"

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import CoreSchema, core_schema
 
-from qwen_image_tool.errors import BadRequest
+from qwen_image_tool.errors import TROUBLES, BadRequest, ToolError, TroubleKind
 
 MAX_SEED = 2**63 - 1  # torch.Generator takes more, SQLite and JavaScript tools do not
 
@@ -300,6 +300,21 @@ class Saved(_Event):
     seed: int
 
 
+class Preview(_Event):
+    """What the first picture looks like after step `step`: a small JPEG, in base64."""
+
+    kind: Literal["preview"] = "preview"
+    step: int
+    jpeg: str
+
+
+class Planned(_Event):
+    """How the request runs, before any weight is read."""
+
+    kind: Literal["planned"] = "planned"
+    plan: Plan
+
+
 class Notice(_Event):
     """A sentence for the user that changes nothing in the run."""
 
@@ -331,10 +346,44 @@ class VerifyProgress(_Event):
 
 
 Event = Annotated[
-    PhaseStarted | Loading | Stepped | Saved | Notice | DownloadProgress | VerifyProgress,
+    PhaseStarted
+    | Planned
+    | Loading
+    | Stepped
+    | Preview
+    | Saved
+    | Notice
+    | DownloadProgress
+    | VerifyProgress,
     Field(discriminator="kind"),
 ]
 event_adapter: TypeAdapter[Event] = TypeAdapter(Event)
+
+
+class Failure(Value):
+    """Why something ended without a result: what happened, what to do next, and what was kept.
+
+    `kind`: a key of errors.TROUBLES.
+    """
+
+    kind: TroubleKind
+    message: str
+    hint: str = ""
+    kept: str = ""
+
+    @classmethod
+    def of(cls, error: ToolError) -> Self:
+        """What a person is told of an error."""
+        trouble = TROUBLES[error.trouble]
+        hint = error.hint or trouble.press
+        return cls(kind=error.trouble, message=error.message, hint=hint, kept=trouble.kept)
+
+    @classmethod
+    def from_table(cls, kind: TroubleKind, detail: str = "") -> Self:
+        """The table's sentences, with what this case adds."""
+        trouble = TROUBLES[kind]
+        message = f"{trouble.happened} {detail}".strip()
+        return cls(kind=kind, message=message, hint=trouble.press, kept=trouble.kept)
 
 
 class ImageFile(Value):

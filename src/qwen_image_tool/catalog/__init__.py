@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import ConfigDict, Field
 
-from qwen_image_tool.errors import BadRequest
+from qwen_image_tool.errors import BadRequest, UnsupportedSize
 from qwen_image_tool.types import Request, Size, Value
 
 DEFAULT_MODEL = "practice"
@@ -48,7 +48,7 @@ class Sizes(Value):
             and size.pixels <= self.max_pixels
         )
         if not within:
-            raise BadRequest(
+            raise UnsupportedSize(
                 f"{size} is outside this model's limits ({self.min_side} to {self.max_side} pixels"
                 f" a side, {self.max_pixels / 1e6:.2f} megapixels at most).",
                 f"Nearest: --size {self._nearest(size)}.",

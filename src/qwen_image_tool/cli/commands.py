@@ -12,6 +12,7 @@ from qwen_image_tool.app import App, made_otherwise
 from qwen_image_tool.catalog import DEFAULT_MODEL
 from qwen_image_tool.catalog.costs import card as find_card
 from qwen_image_tool.catalog.sizes import menu_size, native_size
+from qwen_image_tool.cli import serve as server
 from qwen_image_tool.cli.models import models
 from qwen_image_tool.cli.screen import Screen
 from qwen_image_tool.device import invented
@@ -29,6 +30,8 @@ cli = typer.Typer(
     help="Make pictures with Alibaba's open Qwen-Image models on this computer.",
 )
 cli.add_typer(models, name="models")
+for command in (server.serve, server.token, server.password, server.mcp):
+    cli.command()(command)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 ModelOption = Annotated[

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +23,10 @@ class Forward(Protocol):
         velocity of each picture under each condition, [1, tokens, channels]."""
 
 
+# A step is done: its number from 1, its seconds, and a function that gives the latents as they
+# would be without their noise, [pictures, tokens, channels]
+Latents = Callable[[], torch.Tensor]
+Stepped = Callable[[int, float, Latents], None]
 # The guided velocity, from the prompt's, the negative prompt's and the CFG scale
 Guide = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 
@@ -68,20 +73,19 @@ def denoise(
     conditions: list[Any],
     guide: Guide,
     cfg: float,
-    stepped: Callable[[int, float], None],
+    stepped: Stepped,
 ) -> torch.Tensor:
     """Run every timestep; returns the final latents, [pictures, tokens, channels].
 
-    `conditions`: the prompt, then the negative prompt where `cfg` is above 1. `stepped(step,
-    seconds)` is called after each step, from 1, when the device has done it; what it raises ends
-    the loop.
+    `conditions`: the prompt, then the negative prompt where `cfg` is above 1. `stepped` is called
+    when the device has done a step; what it raises ends the loop.
     """
     pace = Pace(latents.device, stepped)
     for step, timestep in enumerate(timesteps):
         predictions = forward(latents, step, conditions)
         velocity = torch.cat([p[0] if len(p) == 1 else guide(p[0], p[1], cfg) for p in predictions])
         latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
-        pace.step()
+        pace.step(partial(_without_noise, scheduler, step, latents, velocity))
     pace.finish()
     return latents
 
@@ -90,14 +94,16 @@ class Pace:
     """Tells of steps as the device finishes them, while the host is one step ahead: the device
     never waits for the next launch, and a cancelled run ends within a step."""
 
-    def __init__(self, device: torch.device, stepped: Callable[[int, float], None]) -> None:
+    def __init__(self, device: torch.device, stepped: Stepped) -> None:
         self._device, self._stepped = device, stepped
         self._told = 0
         self._marks: list[Any] = [self._mark()]
+        self._latents: list[Latents] = []
 
-    def step(self) -> None:
+    def step(self, latents: Latents) -> None:
         """A step has been launched."""
         self._marks.append(self._mark())
+        self._latents.append(latents)
         ahead = 1 if self._device.type == "cuda" else 0
         if len(self._marks) > 1 + ahead:
             self._tell()
@@ -125,4 +131,12 @@ class Pace:
         else:
             seconds = ended - began
         self._told += 1
-        self._stepped(self._told, seconds)
+        self._stepped(self._told, seconds, self._latents.pop(0))
+
+
+def _without_noise(
+    scheduler: Any, step: int, latents: torch.Tensor, velocity: torch.Tensor
+) -> torch.Tensor:
+    """Where the last velocity leads: latents after step `step` are data + sigma * velocity."""
+    sigma: torch.Tensor = scheduler.sigmas[step + 1].to(latents)
+    return latents - sigma * velocity

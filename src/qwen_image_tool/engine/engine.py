@@ -1,5 +1,6 @@
 """One loaded model: run a resolved request, step by step."""
 
+import base64
 import functools
 import gc
 import itertools
@@ -25,7 +26,8 @@ from qwen_image_tool import logs
 from qwen_image_tool.engine import attention, compiled, families, text, vae, weights
 from qwen_image_tool.engine.cache import TensorCache, checkpoint_identity
 from qwen_image_tool.engine.checks import SAFER, check_image, check_latents
-from qwen_image_tool.engine.denoise import denoise, noise, schedule
+from qwen_image_tool.engine.denoise import Latents, denoise, noise, schedule
+from qwen_image_tool.engine.sketch import Sketch
 from qwen_image_tool.errors import BrokenPicture, Cancelled, ModelMissing, OutOfMemory
 from qwen_image_tool.store import Installed
 from qwen_image_tool.types import (
@@ -35,11 +37,14 @@ from qwen_image_tool.types import (
     PhaseName,
     PhaseStarted,
     Plan,
+    Planned,
+    Preview,
     Request,
     Size,
     Stepped,
 )
 
+PREVIEW_SECONDS = 0.4  # at least, between two previews
 Emit = Callable[[Event], None]
 IsCancelled = Callable[[], bool]
 # Bytes on disk. A prompt of the 20B family takes about 0.3 MB, a schedule 4.4 MB a step
@@ -50,12 +55,15 @@ class Engine:
     """A model on one device in one dtype; loaded at the first run and kept for the next.
 
     `cache`: folder for what can be made again (embeddings of known prompts, modulation of known
-    schedules); None keeps none.
+    schedules); None keeps none. `previews`: say what a picture looks like while it is drawn.
     """
 
-    def __init__(self, installed: Installed, cache: Path | None = None) -> None:
+    def __init__(
+        self, installed: Installed, cache: Path | None = None, previews: bool = False
+    ) -> None:
         self.installed = installed
         self._cache = cache
+        self._previews = cache / "previews" if cache and previews else None
         self._parts: _Parts | None = None
         self._emit: Emit = lambda _: None
 
@@ -70,6 +78,7 @@ class Engine:
         """
         self._emit = emit
         for plan, following in itertools.zip_longest(plans, plans[1:]):
+            emit(Planned(plan=plan))
             try:
                 return self._run(request, plan, emit, is_cancelled)
             except (OutOfMemory, BrokenPicture) as error:
@@ -124,6 +133,9 @@ class Engine:
 
             # 4. From noise to latents
             with watch.phase("denoise"):
+                sketch = parts.sketch(self._previews)
+                if sketch:
+                    watch.preview = lambda latents: sketch.draw(family.unpack(latents[:1], grid)[0])
                 latents = denoise(
                     forward,
                     latents,
@@ -145,6 +157,8 @@ class Engine:
                 images = [vae.crop_centre(image, request.size) for image in drawn]
                 for image in images if plan.mode != "exact" else ():
                     check_image(image)
+                if sketch:
+                    sketch.learn(cells[0], drawn[0])
         compile_seconds = parts.compiled.seconds if parts.compiled else 0
         return Run(images, plan, watch.seconds, compile_seconds, reader.rate)
 
@@ -194,7 +208,7 @@ class _Parts:
         self.sigmas = sampling.sigmas
         self.device, self.dtype = torch.device(plan.device), getattr(torch, plan.dtype)
         self._cache, self._family_name = cache, installed.model.family
-        self._text_folder = folder / "text_encoder"
+        self._text_folder, self._vae_folder = folder / "text_encoder", folder / "vae"
         self._text_encoder: text.TextEncoder | None = None
         self.compiled: compiled.Compiled | None = None
         logs.adopt_libraries()
@@ -271,6 +285,10 @@ class _Parts:
         hidden = [next(made) if states is None else states.to(self.device) for states in known]
         return [states[:, self.tokenizer.dropped :] for states in hidden]
 
+    def sketch(self, folder: Path | None) -> Sketch | None:
+        """Draws previews of this VAE's latents."""
+        return Sketch(folder, checkpoint_identity(self._vae_folder)) if folder else None
+
     def close(self) -> None:
         if self._text_encoder:
             self._text_encoder.close()
@@ -310,6 +328,8 @@ class _Watch:
     def __init__(self, emit: Emit, is_cancelled: IsCancelled, steps: int) -> None:
         self._emit, self._is_cancelled, self._steps = emit, is_cancelled, steps
         self.seconds: dict[PhaseName, float] = {}
+        self.preview: Callable[[torch.Tensor], bytes | None] | None = None
+        self._previewed = 0.0
 
     @contextmanager
     def phase(self, name: PhaseName) -> Iterator[None]:
@@ -327,9 +347,14 @@ class _Watch:
             self._check()
         loading.result()
 
-    def stepped(self, step: int, seconds: float) -> None:
+    def stepped(self, step: int, seconds: float, latents: Latents) -> None:
         self._emit(Stepped(step=step, steps=self._steps, seconds=seconds))
         self._check()
+        started = time.perf_counter()
+        if self.preview and started - self._previewed > PREVIEW_SECONDS and step < self._steps:
+            self._previewed = started
+            if jpeg := self.preview(latents()):
+                self._emit(Preview(step=step, jpeg=base64.b64encode(jpeg).decode()))
 
     def _check(self) -> None:
         if self._is_cancelled():
@@ -365,6 +390,7 @@ def _errors(plan: Plan) -> Iterator[None]:
         raise OutOfMemory(
             f"The memory ran out. {_first_line(error)}".strip(),
             "Close other programs, or choose a smaller --size.",
+            "memory" if isinstance(error, MemoryError) else "gpu memory",
         ) from error
     except RuntimeError as error:
         if not plan.attention:

@@ -2,7 +2,10 @@
 
 Text chunks of a file, all before the pixels:
     parameters       AUTOMATIC1111's form, which other tools read
-    qwen_image_tool  iTXt, JSON {"request": ..., "plan": ..., "versions": ...}, which we read
+    qwen_image_tool  iTXt, JSON {"request": ..., "plan": ..., "versions": ..., "job": ...},
+                     which we read
+JPEG and WebP files that were exported carry the same in EXIF: the first as UserComment, the second
+in ImageDescription.
 """
 
 import contextlib
@@ -33,11 +36,12 @@ if TYPE_CHECKING:
 OUR_CHUNK = "qwen_image_tool"
 MAX_TEXT_BYTES = 1 << 20  # of one text chunk, unpacked; longer ones are passed over
 MAX_CHUNKS = 10_000  # before the pixels
+EXIF_IFD, USER_COMMENT_TAG, DESCRIPTION_TAG = 0x8769, 0x9286, 0x010E
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 class ImageInfo(Value):
-    """What a PNG file says of itself. Another tool's picture has no request, plan or versions.
+    """What a picture file says of itself. Another tool's picture has no request, plan or versions.
 
     `plan` is also None where another version wrote one that this version can't read.
     """
@@ -47,6 +51,7 @@ class ImageInfo(Value):
     request: Request | None = None
     plan: Plan | None = None
     versions: dict[str, str] = Field(default_factory=dict)
+    job: str = Field(default="", description="The job that made it, in the queue of its time")
 
 
 def check_output(folder: Path, need_bytes: int) -> str:
@@ -66,6 +71,7 @@ def check_output(folder: Path, need_bytes: int) -> str:
             f"The disk of {folder} has {free / 1e6:,.0f} MB free, and the pictures may need "
             f"{need_bytes / 1e6:,.0f} MB.",
             "Free some space, or choose an output folder on another disk.",
+            trouble="disk full",
         )
     return f"Created the output folder {folder}." if created else ""
 
@@ -83,13 +89,20 @@ def save_image(
     plan: Plan,
     versions: dict[str, str],
     model_name: str,
+    job: str = "",
 ) -> Path:
     """Save a picture as `YYYYmmdd-HHMMSS-seed<seed>.png` (local time; -2, -3 ... where taken).
 
     `request` is the resolved one of this picture alone. The file has its name only when it is whole
     and on disk, and replaces no other. Raises OutputNotWritable, and leaves nothing behind then.
     """
-    own = {"request": request.to_dict(), "plan": plan.to_dict(), "versions": versions}
+    own: dict[str, Any] = {
+        "request": request.to_dict(),
+        "plan": plan.to_dict(),
+        "versions": versions,
+    }
+    if job:
+        own["job"] = job
     data = _encode(
         image,
         parameters(request, Size(*image.size), model_name),
@@ -124,23 +137,50 @@ def parameters(request: Request, size: Size, model_name: str) -> str:
 
 
 def read_image_info(path: Path) -> ImageInfo:
-    """What the PNG at `path` says of itself; only its text chunks are read, and only up to the
-    pixels, so a picture that was cut short later still gives its request.
+    """What the picture at `path` says of itself; only its text is read, and only up to the pixels,
+    so a picture that was cut short later still gives its request.
 
-    Raises NotOurPicture with the next step: not a file, not a PNG, damaged, or a request that this
-    version can't read.
+    Raises NotOurPicture with the next step: not a file, not a picture, damaged, or a request that
+    this version can't read.
     """
+    return _info(str(path), *_read(path))
+
+
+def read_info(data: bytes) -> ImageInfo:
+    """The same of a picture file's bytes."""
+    name = "The picture"
+    return _info(name, *_read_file(io.BytesIO(data), name))
+
+
+def read_texts(path: Path) -> dict[str, str]:
+    """The texts that a picture carries, by their keys in a PNG. Raises NotOurPicture."""
+    return _read(path)[1]
+
+
+def _read(path: Path) -> tuple[Size, dict[str, str]]:
     try:
         with path.expanduser().open("rb") as file:
-            size, texts = _read_png(file)
+            return _read_file(file, str(path))
     except (OSError, RuntimeError) as error:
         raise NotOurPicture(f"{path} can't be read: {error}.", "Check the path.") from error
-    except _PngError as error:
+
+
+def _read_file(file: BinaryIO, name: str) -> tuple[Size, dict[str, str]]:
+    start = file.read(12)
+    file.seek(0)
+    try:
+        if start[:3] == b"\xff\xd8\xff" or (start[:4], start[8:]) == (b"RIFF", b"WEBP"):
+            return _read_exif(file)
+        return _read_png(file)
+    except _Unreadable as error:
         raise NotOurPicture(
-            f"{path} {error}.",
-            "Give the PNG as it was saved: a converted copy has no request.",
+            f"{name} {error}.",
+            "Give the file as it was saved: a converted copy has no request.",
         ) from error
-    return ImageInfo(size=size, parameters=texts.get("parameters", ""), **_own(path, texts))
+
+
+def _info(name: str, size: Size, texts: dict[str, str]) -> ImageInfo:
+    return ImageInfo(size=size, parameters=texts.get("parameters", ""), **_own(name, texts))
 
 
 def request_from(path: Path) -> Request:
@@ -243,7 +283,10 @@ def _output_errors(folder: Path) -> Iterator[None]:
             errno.EPERM: "Allow writing to it, or choose another output folder.",
         }.get(error.errno or 0, "Choose another output folder.")
         reason = error.strerror or str(error)
-        raise OutputNotWritable(f"Can't write to {folder}: {reason}.", hint) from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise OutputNotWritable(
+            f"Can't write to {folder}: {reason}.", hint, "disk full" if full else None
+        ) from error
     except RuntimeError as error:  # ~name of an unknown user
         raise OutputNotWritable(f"{folder}: {error}", "Choose another output folder.") from error
 
@@ -251,21 +294,41 @@ def _output_errors(folder: Path) -> Iterator[None]:
 # Reading
 
 
-class _PngError(Exception):
+class _Unreadable(Exception):
     pass
+
+
+def _read_exif(file: BinaryIO) -> tuple[Size, dict[str, str]]:
+    """Size and texts of a JPEG or WebP; no pixel is decoded."""
+    from PIL import Image
+
+    texts = {}
+    try:
+        with Image.open(file, formats=("JPEG", "WEBP")) as image:
+            exif = image.getexif()
+            size = Size(*image.size)
+        comment = exif.get_ifd(EXIF_IFD).get(USER_COMMENT_TAG, b"")
+        own = exif.get(DESCRIPTION_TAG, "")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise _Unreadable("is damaged") from error
+    if isinstance(comment, bytes) and comment.startswith(b"UNICODE\0"):
+        texts["parameters"] = comment[8:].decode("utf-16-be", errors="replace")
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        texts[OUR_CHUNK] = json.dumps(from_json(own)[OUR_CHUNK])
+    return size, texts
 
 
 def _read_png(file: BinaryIO) -> tuple[Size, dict[str, str]]:
     """Size and text chunks of a PNG (www.w3.org/TR/png-3), within fixed bounds of memory."""
     if file.read(len(_SIGNATURE)) != _SIGNATURE:
-        raise _PngError("is not a PNG file")
+        raise _Unreadable("is not a PNG, JPEG or WebP file")
     chunks = _chunks(file)
     kind, header = next(chunks, (b"", b""))
     if kind != b"IHDR" or len(header) != 13:
-        raise _PngError("is damaged")
+        raise _Unreadable("is damaged")
     width, height = struct.unpack(">II", header[:8])
     if not (0 < width < 1_000_000 and 0 < height < 1_000_000):
-        raise _PngError("has an impossible size")
+        raise _Unreadable("has an impossible size")
     texts: dict[str, str] = {}
     for kind, data in chunks:
         key, text = _text(kind, data)
@@ -278,7 +341,7 @@ def _chunks(file: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
     for _ in range(MAX_CHUNKS):
         head = file.read(8)
         if len(head) < 8:
-            raise _PngError("is cut short")
+            raise _Unreadable("is cut short")
         length, kind = struct.unpack(">I4s", head)
         if kind in (b"IDAT", b"IEND"):
             return
@@ -287,11 +350,11 @@ def _chunks(file: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
             continue
         data, checksum = file.read(length), file.read(4)
         if len(checksum) < 4:
-            raise _PngError("is cut short")
+            raise _Unreadable("is cut short")
         if zlib.crc32(kind + data) != int.from_bytes(checksum):
-            raise _PngError("is damaged")
+            raise _Unreadable("is damaged")
         yield kind, data
-    raise _PngError("has too many parts before its pixels")
+    raise _Unreadable("has too many parts before its pixels")
 
 
 def _text(kind: bytes, data: bytes) -> tuple[str, str]:
@@ -317,20 +380,20 @@ def _unpacked(data: bytes) -> bytes:
     return plain if unpacker.eof else b""
 
 
-def _own(path: Path, texts: dict[str, str]) -> dict[str, Any]:
+def _own(name: str, texts: dict[str, str]) -> dict[str, Any]:
     """Request, plan and versions from our chunk; nothing where there is none."""
     if OUR_CHUNK not in texts:
         return {}
     try:
         own = from_json(texts[OUR_CHUNK])
         versions = {str(k): str(v) for k, v in own.get("versions", {}).items()}
-        request = Request.model_validate(own["request"])
+        request, job = Request.model_validate(own["request"]), str(own.get("job", ""))
     except (ValueError, KeyError, AttributeError) as error:
         raise NotOurPicture(
-            f"The request in {path} is not one that QwenImageTool {__version__} can read.",
+            f"The request in {name} is not one that QwenImageTool {__version__} can read.",
             "It may come from a newer version: update QwenImageTool, or type the request again.",
         ) from error
     plan = None
     with contextlib.suppress(ValidationError):  # a plan is for reading; another is made for a run
         plan = Plan.model_validate(own.get("plan"))
-    return {"request": request, "plan": plan, "versions": versions}
+    return {"request": request, "plan": plan, "versions": versions, "job": job}

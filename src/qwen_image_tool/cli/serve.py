@@ -1,0 +1,105 @@
+"""`qit serve` and what belongs to it: the token, the password, MCP over stdio."""
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qwen_image_tool.app import App
+from qwen_image_tool.cli.screen import Screen
+from qwen_image_tool.settings import load_settings
+
+if TYPE_CHECKING:
+    from qwen_image_tool.server.run import Running
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+def serve(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[
+        int | None,
+        typer.Option(help="7860 or the next free one if not given; 0 for any.", min=0, max=65535),
+    ] = None,
+    lan: Annotated[
+        bool, typer.Option("--lan", help="Let other computers in; `qit password` sets a password.")
+    ] = False,
+    json_ready: Annotated[
+        bool, typer.Option("--json-ready", help="Print one line of JSON when it is ready.")
+    ] = False,
+    guarded: Annotated[
+        bool, typer.Option("--guarded", help="End when stdin ends: for the program that starts it.")
+    ] = False,
+) -> None:
+    """Run the queue, the gallery and the APIs until Ctrl-C.
+
+    [bold]Examples[/]
+
+      qit serve
+
+      qit serve --lan --port 8000
+    """
+    from qwen_image_tool.server import run
+    from qwen_image_tool.service import Service
+
+    screen = Screen(json_ready)
+
+    def ready(where: "Running") -> None:
+        if json_ready:
+            screen.line(run.ready_line(where))
+            sys.stdout.flush()
+        else:
+            _welcome(screen, where, lan)
+
+    service = Service(App(load_settings()))
+    try:
+        for said in service.rescued:
+            screen.note(said)
+        run.serve(service, host, port, lan, ready, guarded)
+    finally:
+        service.close()
+
+
+def token(as_json: Json = False) -> None:
+    """Print the address and the token of the service that is running."""
+    from qwen_image_tool.server.run import running
+
+    where = running(load_settings().data)
+    screen = Screen(as_json)
+    if as_json:
+        screen.json({"url": where.url, "port": where.port, "token": where.token})
+    else:
+        screen.facts({"Page": f"{where.url}/?__t={where.token}", "Token": where.token})
+
+
+def password() -> None:
+    """Set the password that `qit serve --lan` asks for. Reads it from stdin where that is no
+    terminal."""
+    from qwen_image_tool.server.gate import Password
+
+    if sys.stdin.isatty():
+        given = typer.prompt("Password", hide_input=True, confirmation_prompt=True, err=True)
+    else:
+        given = sys.stdin.readline().rstrip("\r\n")
+    Password(load_settings().data).set(given)
+    Screen().note("The password is set: `qit serve --lan` lets other computers in with it.")
+
+
+def mcp() -> None:
+    """Speak MCP on stdin and stdout, for programs that start their tools themselves.
+
+    Uses the service that is running, else runs one until stdin ends.
+    """
+    from qwen_image_tool.server.stdio import speak
+
+    speak(load_settings())
+
+
+def _welcome(screen: Screen, where: "Running", lan: bool) -> None:
+    screen.line(f"QwenImageTool is at {where.url}/?__t={where.token}")
+    if lan:
+        import segno
+
+        screen.line(f"On the network, with the password: {where.url}")
+        segno.make(where.url).terminal(out=sys.stdout, compact=True, border=2)
+    screen.note("Ctrl-C ends it; what is in the queue stays there.")

@@ -1,0 +1,96 @@
+"""Previews while a picture is drawn: a linear map from latents to colours, learned from what the
+VAE decoded before. No weights are downloaded for it, and it costs one small matrix product."""
+
+import contextlib
+import hashlib
+import io
+import os
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+ENOUGH = 64  # pictures to learn from; more would change nothing that can be seen
+SIDE = 320  # pixels of a preview's longer side, at least
+RIDGE = 1e-3  # keeps the map small where few pictures say little
+
+
+class Sketch:
+    """Draws previews for the VAE that `identity` names; what it has learned lies in `folder`, so
+    the first picture of a model has none. A folder that can't be written is no error.
+
+    Least squares, through the sums A'A and A'b over all pictures, where a row of A is a latent cell
+    (and 1) and a row of b its mean colour.
+    """
+
+    def __init__(self, folder: Path, identity: Sequence[str]) -> None:
+        name = hashlib.sha256("\0".join(identity).encode()).hexdigest()
+        self._path = folder / f"{name}.npz"
+        self._map: torch.Tensor | None = None
+
+    def draw(self, cells: torch.Tensor) -> bytes | None:
+        """A JPEG of one picture's latent cells, [channels, 1, height, width]; None as long as no
+        picture of this VAE was decoded."""
+        if self._map is None:
+            sums = self._read()
+            if sums is None:
+                return None
+            self._map = torch.from_numpy(_solve(*sums[:2])).to(cells.device)
+        colours = cells[:, 0].permute(1, 2, 0).float() @ self._map[:-1] + self._map[-1]
+        pixels = colours.clamp(0, 255).round().to(torch.uint8).cpu().numpy()
+        image = Image.fromarray(pixels)
+        grow = max(1, -(-SIDE // max(image.size)))
+        image = image.resize((image.width * grow, image.height * grow), Image.Resampling.BICUBIC)
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=80)
+        return buffer.getvalue()
+
+    def learn(self, cells: torch.Tensor, image: Image.Image) -> None:
+        """`cells`: the final latents of `image`, [channels, 1, height, width]. A picture that was
+        cut to another shape teaches nothing."""
+        height, width = cells.shape[2:]
+        sums = self._read()
+        apart = image.width * height != image.height * width or image.width % width
+        if apart or (sums and sums[2] >= ENOUGH):
+            return
+        small = np.asarray(_on_white(image).resize((width, height), Image.Resampling.BOX))
+        colours = small.reshape(-1, 3).astype(np.float64)
+        rows = cells[:, 0].permute(1, 2, 0).double().cpu().numpy().reshape(len(colours), -1)
+        rows = np.concatenate([rows, np.ones((len(rows), 1))], axis=1)
+        squares, products, pictures = sums or (0.0, 0.0, 0)
+        self._write(squares + rows.T @ rows, products + rows.T @ colours, pictures + 1)
+
+    def _read(self) -> tuple[Any, Any, int] | None:
+        damaged = ValueError, KeyError, EOFError, zipfile.BadZipFile
+        with (
+            contextlib.suppress(OSError, *damaged),
+            self._path.open("rb") as file,
+            np.load(file) as kept,
+        ):
+            return kept["squares"], kept["products"], int(kept["pictures"])
+        return None
+
+    def _write(self, squares: Any, products: Any, pictures: int) -> None:
+        with contextlib.suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self._path.parent, delete=False) as file:
+                np.savez(file, squares=squares, products=products, pictures=pictures)
+            os.replace(file.name, self._path)  # noqa: PTH105
+
+
+def _solve(squares: Any, products: Any) -> Any:
+    """[channels + 1, 3], float32."""
+    ridge = RIDGE * np.trace(squares) / len(squares) * np.eye(len(squares))
+    return np.linalg.solve(squares + ridge, products).astype(np.float32)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if image.mode != "RGBA":
+        return image.convert("RGB")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")

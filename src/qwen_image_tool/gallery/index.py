@@ -1,0 +1,346 @@
+"""The gallery's index: which pictures are on disk, found again by their words.
+
+The files are the truth. The index is made from them alone and can be made again; only stars are
+kept here and nowhere else.
+"""
+
+import contextlib
+import hashlib
+import logging
+import os
+import re
+import sqlite3
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from qwen_image_tool.database import Database, migrations
+from qwen_image_tool.errors import BadRequest, NotOurPicture, ToolError, Unknown
+from qwen_image_tool.gallery import ImageInfo, read_image_info
+from qwen_image_tool.gallery.infotext import recalled
+from qwen_image_tool.types import Size, Value
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+BATCH = 500  # files of one transaction
+LEFTOVER_SECONDS = 3600.0  # a temporary file of this age has no writer any more
+_STAMP = re.compile(r"(\d{4})(\d{2})(\d{2})-(\d{2})(\d{2})(\d{2})\b")
+SAME_SECOND = 10_000  # pictures that can be told apart
+_NAMES = "number id file bytes taken width height model seed job prompt negative star"
+_COLUMNS = ", ".join(f"pictures.{name}" for name in _NAMES.split())
+_log = logging.getLogger(__name__)
+
+
+class Picture(Value):
+    """A picture of the gallery. `id` comes from its file's name: it stays as long as that does."""
+
+    id: str
+    file: str = Field(description="Below the gallery's folder, with /")
+    bytes: int
+    taken: str = Field(description="Local time, ISO 8601")
+    size: Size
+    model: str = ""
+    seed: int | None = None
+    job: str = ""
+    prompt: str = ""
+    negative_prompt: str = ""
+    star: bool = False
+
+
+class Page(Value):
+    """Part of what was found, the newest first. `next`: where the following part begins."""
+
+    pictures: tuple[Picture, ...]
+    next: str | None = None
+
+
+class Changes(Value):
+    """What a look at the files brought."""
+
+    added: int = 0
+    changed: int = 0
+    gone: int = 0
+
+
+class Index:
+    """The pictures below `folder`. `trash` takes a path to the system's waste basket."""
+
+    def __init__(
+        self, folder: Path, database: Path, trash: Callable[[Path], None] | None = None
+    ) -> None:
+        self.folder = folder
+        self.database = Database(database, migrations("pictures"), durable=False)
+        self._trash = trash or to_trash
+
+    def add(self, path: Path) -> Picture:
+        """Take up a picture file that was just saved. Raises NotOurPicture."""
+        file = path.relative_to(self.folder).as_posix()
+        row = _row(file, path, path.stat())
+        with self.database.write() as write:
+            put(write, [row])
+        return self.get(row["id"])
+
+    def sync(self, told: Callable[[int, int], None] | None = None) -> Changes:
+        """Make the index agree with the files; `told(done, total)` is called on the way. Pictures
+        that another program is still writing, or that are damaged, are passed over."""
+        known = {
+            row["file"]: (row["bytes"], row["changed"])
+            for row in self.database.read("SELECT file, bytes, changed FROM pictures")
+        }
+        found = dict(self._files())
+        gone = [file for file in known if file not in found]
+        new = [
+            file
+            for file, stat in found.items()
+            if known.get(file) != (stat.st_size, stat.st_mtime_ns)
+        ]
+        new.sort(key=lambda file: _taken(file, found[file]))
+        self._forget(gone)
+        added = 0
+        for start in range(0, len(new), BATCH):
+            if told:
+                told(start, len(new))
+            batch = [row for file in new[start : start + BATCH] for row in self._read(file)]
+            with self.database.write() as write:
+                put(write, batch)
+            added += sum(row["file"] not in known for row in batch)
+        return Changes(added=added, changed=len(new) - added, gone=len(gone))
+
+    def search(
+        self,
+        text: str = "",
+        model: str = "",
+        starred: bool = False,
+        since: str = "",
+        until: str = "",
+        limit: int = 60,
+        after: str | None = None,
+    ) -> Page:
+        """Pictures whose prompt, negative prompt or model hold every word of `text` (parts of words
+        count), the newest first. `since`, `until`: ISO times. `after`: the last page's `next`."""
+        tables, conditions, values = _query(text, model, starred)
+        for bound, moment in ((">=", since), ("<", until)):
+            if moment:
+                conditions.append(f"pictures.number {bound} ?")
+                values.append(_first_number(moment))
+        if after:
+            conditions.append("pictures.number < ?")
+            values.append(_cursor(after))
+        where = f"WHERE {' AND '.join(conditions)}" if conditions else ""
+        order = "words.rowid" if "words" in tables else "pictures.number"
+        rows = self.database.read(
+            f"SELECT {_COLUMNS} FROM {tables} {where} ORDER BY {order} DESC LIMIT ?",  # noqa: S608
+            (*values, limit + 1),
+        )
+        last = str(rows[limit - 1]["number"]) if len(rows) > limit else None
+        return Page(pictures=tuple(_picture(row) for row in rows[:limit]), next=last)
+
+    def count(self) -> int:
+        [[count]] = self.database.read("SELECT count(*) FROM pictures")
+        return int(count)
+
+    def models(self) -> dict[str, int]:
+        """How many pictures each model made."""
+        rows = self.database.read(
+            "SELECT model, count(*) AS pictures FROM pictures GROUP BY model ORDER BY pictures DESC"
+        )
+        return {row["model"]: row["pictures"] for row in rows}
+
+    def of_job(self, job: str) -> list[Picture]:
+        """Its pictures, in the order of their files."""
+        rows = self.database.read(
+            f"SELECT {_COLUMNS} FROM pictures WHERE job = ? AND job != '' ORDER BY number",  # noqa: S608
+            (job,),
+        )
+        return [_picture(row) for row in rows]
+
+    def get(self, picture: str) -> Picture:
+        """Raises Unknown."""
+        rows = self.database.read(
+            f"SELECT {_COLUMNS} FROM pictures WHERE id = ?",  # noqa: S608
+            (picture,),
+        )
+        if not rows:
+            raise Unknown(f"There is no picture {picture!r}.", "It may have been deleted.")
+        return _picture(rows[0])
+
+    def path(self, picture: str) -> Path:
+        """Its file. Raises Unknown, also where the file was deleted by hand: then the index
+        forgets it."""
+        found = self.get(picture)
+        path = self.folder / found.file
+        if not path.is_file():
+            self._forget([found.file])
+            raise Unknown(f"{found.file} is not there any more.", "It was deleted or moved.")
+        return path
+
+    def info(self, picture: str) -> ImageInfo:
+        """What the file says of itself. Raises Unknown or NotOurPicture."""
+        return read_image_info(self.path(picture))
+
+    def star(self, picture: str, star: bool) -> Picture:
+        with self.database.write() as write:
+            write.execute("UPDATE pictures SET star = ? WHERE id = ?", (star, picture))
+        return self.get(picture)
+
+    def delete(self, pictures: Iterable[str]) -> list[str]:
+        """Put pictures into the system's trash; returns the ids that are gone. Raises Unknown, or
+        ToolError where the trash does not take one: that one stays."""
+        done = []
+        for picture in pictures:
+            found = self.get(picture)
+            path = self.folder / found.file
+            if path.exists():
+                self._trash(path)
+            self._forget([found.file])
+            done.append(picture)
+        return done
+
+    def clean(self) -> None:
+        """Remove temporary files whose writer died."""
+        for path in self.folder.glob(".*.part"):
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
+                    path.unlink()
+
+    def close(self) -> None:
+        self.database.close()
+
+    def _files(self) -> Iterator[tuple[str, os.stat_result]]:
+        folders = [self.folder]
+        while folders:
+            with contextlib.suppress(OSError), os.scandir(folders.pop()) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        continue
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(Path(entry.path))
+                    elif entry.name.lower().endswith(SUFFIXES):
+                        yield Path(entry.path).relative_to(self.folder).as_posix(), entry.stat()
+
+    def _read(self, file: str) -> list[dict[str, Any]]:
+        path = self.folder / file
+        try:
+            return [_row(file, path, path.stat())]
+        except (OSError, NotOurPicture) as error:
+            _log.info("%s is passed over: %s", file, error)
+            return []
+
+    def _forget(self, gone: Sequence[str]) -> None:
+        if gone:
+            with self.database.write() as write:
+                write.executemany("DELETE FROM pictures WHERE file = ?", [(file,) for file in gone])
+
+
+def to_trash(path: Path) -> None:
+    """Raises ToolError where the system's trash can't take it: nothing is deleted for good."""
+    import send2trash
+
+    try:
+        send2trash.send2trash(path)
+    except (OSError, send2trash.TrashPermissionError) as error:
+        raise ToolError(
+            f"{path.name} can't be put into the trash: {error}.", "Delete it by hand."
+        ) from error
+
+
+def picture_id(file: str) -> str:
+    return hashlib.blake2b(file.encode(), digest_size=8).hexdigest()
+
+
+def _row(file: str, path: Path, stat: os.stat_result) -> dict[str, Any]:
+    info = read_image_info(path)
+    said = info.request.to_dict() if info.request else recalled(info.parameters)
+    return {
+        "id": picture_id(file),
+        "file": file,
+        "bytes": stat.st_size,
+        "changed": stat.st_mtime_ns,
+        "taken": _taken(file, stat),
+        "width": info.size.width,
+        "height": info.size.height,
+        "model": said.get("model", ""),
+        "seed": said.get("seed"),
+        "job": info.job,
+        "prompt": said.get("prompt", ""),
+        "negative": said.get("negative_prompt", ""),
+    }
+
+
+def _taken(file: str, stat: os.stat_result) -> str:
+    """Our names carry the time; it outlives copies."""
+    if found := _STAMP.search(file):
+        with contextlib.suppress(ValueError):
+            return datetime(*map(int, found.groups())).isoformat()  # type: ignore[arg-type]
+    return datetime.fromtimestamp(stat.st_mtime).isoformat(timespec="seconds")
+
+
+def put(write: sqlite3.Connection, rows: Sequence[dict[str, Any]]) -> None:
+    """The words are indexed at insertion, so a changed picture goes out and in, with its star."""
+    for row in rows:
+        old = write.execute(
+            "DELETE FROM pictures WHERE file = ? RETURNING star", (row["file"],)
+        ).fetchone()
+        first = _first_number(row["taken"])
+        [taken] = write.execute(
+            "SELECT coalesce(max(number) + 1, ?) FROM pictures WHERE number >= ? AND number < ?",
+            (first, first, first + SAME_SECOND - 1),
+        ).fetchone()
+        new = row | {"number": taken, "star": old["star"] if old else 0}
+        write.execute(
+            f"INSERT INTO pictures ({', '.join(new)}) VALUES ({', '.join('?' * len(new))})",  # noqa: S608
+            tuple(new.values()),
+        )
+
+
+def _query(text: str, model: str, starred: bool) -> tuple[str, list[str], list[Any]]:
+    """Tables, conditions and their values."""
+    conditions: list[str] = []
+    values: list[Any] = []
+    words = text.split()
+    long = [word for word in words if len(word) >= 3]  # the index is of three letters each
+    if long:
+        conditions.append("words MATCH ?")
+        values.append(" ".join('"' + word.replace('"', '""') + '"' for word in long))
+    for word in (word for word in words if len(word) < 3):
+        said = "pictures.prompt || ' ' || pictures.negative || ' ' || pictures.model"
+        conditions.append(f"instr(lower({said}), ?)")
+        values.append(word.lower())
+    if model:
+        conditions.append("pictures.model = ?")
+        values.append(model)
+    if starred:
+        conditions.append("pictures.star = 1")
+    joined = "words JOIN pictures ON pictures.number = words.rowid" if long else "pictures"
+    return joined, conditions, values
+
+
+def _first_number(moment: str) -> int:
+    """The smallest number of a picture taken at an ISO time, or within a date's part."""
+    digits = re.sub(r"\D", "", moment)[:14]
+    return int(digits.ljust(14, "0") or 0) * SAME_SECOND
+
+
+def _cursor(after: str) -> int:
+    if not after.isdecimal() or len(after) > 18:
+        raise BadRequest(f"{after!r} is no place in the gallery.", "Use the last page's `next`.")
+    return int(after)
+
+
+def _picture(row: sqlite3.Row) -> Picture:
+    return Picture(
+        id=row["id"],
+        file=row["file"],
+        bytes=row["bytes"],
+        taken=row["taken"],
+        size=Size(row["width"], row["height"]),
+        model=row["model"],
+        seed=row["seed"],
+        job=row["job"],
+        prompt=row["prompt"],
+        negative_prompt=row["negative"],
+        star=bool(row["star"]),
+    )

@@ -1,0 +1,1 @@
+"""The server: HTTP faces of a Service. They translate; they decide nothing."""

@@ -1,0 +1,113 @@
+"""Errors as answers, in the shape that each kind of client reads."""
+
+from typing import TYPE_CHECKING, Any
+
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+
+from qwen_image_tool.errors import (
+    BadRequest,
+    Busy,
+    CannotRun,
+    DiskFull,
+    LicenceNotAccepted,
+    ModelMissing,
+    ModelUnsupported,
+    OutputNotWritable,
+    ToolError,
+    Unknown,
+)
+from qwen_image_tool.server.gate import TooManyTries
+from qwen_image_tool.types import Failure
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI, Request
+
+# The first that fits; a subclass stands before its base
+STATUS: tuple[tuple[type[ToolError], int], ...] = (
+    (Unknown, 404),
+    (Busy, 409),
+    (LicenceNotAccepted, 403),
+    (ModelMissing, 409),
+    (ModelUnsupported, 422),
+    (CannotRun, 422),
+    (OutputNotWritable, 507),
+    (DiskFull, 507),
+    (TooManyTries, 429),
+    (BadRequest, 400),
+    (ToolError, 500),
+)
+
+
+class NotSupported(BadRequest):
+    """A client asked for what this version can't do; `param` names the field, `code` the case."""
+
+    def __init__(self, message: str, param: str = "", code: str = "unsupported_parameter") -> None:
+        super().__init__(message, "Leave it out." if param else "")
+        self.param, self.code = param, code
+
+
+class NotYet(NotSupported):
+    """A whole route that comes in a later version."""
+
+
+def status_of(error: ToolError) -> int:
+    if isinstance(error, NotYet):
+        return 501
+    return next(status for kind, status in STATUS if isinstance(error, kind))
+
+
+def explain_errors(app: "FastAPI") -> None:
+    """Turn the errors of all routes into answers."""
+
+    async def tool_error(request: "Request", error: Exception) -> JSONResponse:
+        assert isinstance(error, ToolError)
+        headers = {"retry-after": f"{error.seconds:.0f}"} if isinstance(error, TooManyTries) else {}
+        return answer(request.url.path, error, headers)
+
+    async def invalid(request: "Request", error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        return answer(request.url.path, _first(error), status=_invalid_status(request.url.path))
+
+    app.add_exception_handler(ToolError, tool_error)
+    app.add_exception_handler(RequestValidationError, invalid)
+
+
+def answer(
+    path: str, error: ToolError, headers: dict[str, str] | None = None, status: int | None = None
+) -> JSONResponse:
+    status = status or status_of(error)
+    if path.startswith("/v1/"):
+        body: dict[str, Any] = {"error": openai_error(error)}
+    elif path.startswith("/sdapi/"):
+        kind = type(error).__name__
+        body = {"error": kind, "detail": str(error), "body": "", "errors": str(error)}
+    else:
+        body = {"error": Failure.of(error).model_dump(mode="json"), "detail": str(error)}
+    return JSONResponse(body, status, headers)
+
+
+def openai_error(error: ToolError) -> dict[str, Any]:
+    """Source: developers.openai.com, error codes."""
+    ours = status_of(error)
+    code = getattr(error, "code", None) or error.trouble.replace(" ", "_")
+    return {
+        "message": str(error),
+        "type": "server_error" if ours >= 500 else "invalid_request_error",
+        "param": getattr(error, "param", None) or None,
+        "code": code,
+    }
+
+
+def _invalid_status(path: str) -> int:
+    return 400 if path.startswith("/v1/") else 422
+
+
+def _first(error: RequestValidationError) -> NotSupported:
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"][1:])
+    if first["type"] == "extra_forbidden":
+        return NotSupported(f"There is no parameter {field!r} here.", field, "unknown_parameter")
+    wrong = NotSupported(f"{field or 'The request'}: {first['msg']}.", field, "invalid_value")
+    wrong.hint = ""
+    return wrong

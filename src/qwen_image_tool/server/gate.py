@@ -1,0 +1,294 @@
+"""Who may come in, asked before anything else sees a request.
+
+Loopback names or this computer's own addresses in Host (against DNS rebinding), this server's own
+pages in Origin (against other websites), then a token, a session or a signature.
+"""
+
+import base64
+import binascii
+import contextlib
+import hashlib
+import hmac
+import secrets
+import threading
+import time
+from collections.abc import Callable, Collection
+from http.cookies import CookieError, SimpleCookie
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
+
+from qwen_image_tool.errors import BadRequest, ToolError
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+TOKEN_BYTES = 32
+WRONG_TRIES, WINDOW = 5, 60.0  # wrong passwords of one address in so many seconds
+SESSION_SECONDS = 30 * 24 * 3600.0
+MIN_PASSWORD = 8  # characters
+MAX_BODY = 1 << 20  # bytes of a request
+MAX_UPLOAD = 64 << 20  # bytes of a request that carries a picture
+UPLOADS = ("/api/gallery/inspect", "/sdapi/v1/png-info", "/sdapi/v1/img2img", "/v1/images/edits")
+OPEN = ("/healthz", "/login")
+SAFE = ("GET", "HEAD", "OPTIONS")
+# Gradio needs inline scripts and eval; nothing comes from or goes to another address
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval';"
+    " style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; media-src 'self' blob:;"
+    " font-src 'self' data:; connect-src 'self' blob: data:; worker-src 'self' blob:;"
+    " frame-ancestors 'none'; form-action 'self'; base-uri 'self'; object-src 'none'"
+)
+PROTECTION = {
+    "content-security-policy": POLICY,
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+}
+
+
+class Password:
+    """The password of LAN mode: its argon2 hash in a file that only the user can read."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "password"
+
+    @property
+    def is_set(self) -> bool:
+        return self._path.is_file()
+
+    def set(self, password: str) -> None:
+        """Raises BadRequest where it is too short."""
+        from argon2 import PasswordHasher
+
+        if len(password) < MIN_PASSWORD:
+            raise BadRequest(
+                "The password is too short.", f"Use {MIN_PASSWORD} characters or more."
+            )
+        write_private(self._path, PasswordHasher().hash(password))
+
+    def matches(self, password: str) -> bool:
+        from argon2 import PasswordHasher
+        from argon2.exceptions import InvalidHashError, VerificationError
+
+        try:
+            kept = self._path.read_text(encoding="utf-8")
+            return PasswordHasher().verify(kept, password)
+        except (OSError, VerificationError, InvalidHashError):
+            return False
+
+
+class Access:
+    """What opens the gate: the token of this start, a session after the password, a signature.
+
+    `clock` gives monotonic seconds.
+    """
+
+    def __init__(
+        self, token: str, password: Password | None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.token = token
+        self._password = password
+        self._clock = clock
+        self._sessions: dict[str, float] = {}
+        self._wrong: dict[str, list[float]] = {}
+        self._one_at_a_time = threading.Lock()  # a try costs time and 64 MiB
+
+    def signature(self, path: str) -> str:
+        """What lets a client without the token GET `path`, as long as this server runs."""
+        return hmac.new(self.token.encode(), path.encode(), hashlib.sha256).hexdigest()[:32]
+
+    def is_token(self, text: str) -> bool:
+        return hmac.compare_digest(text.encode(), self.token.encode())
+
+    def is_session(self, text: str) -> bool:
+        return self._sessions.get(text, 0.0) > self._clock()
+
+    def log_in(self, address: str, password: str) -> str | None:
+        """A new session's key; None where the password is wrong. Raises TooManyTries."""
+        with self._one_at_a_time:
+            return self._log_in(address, password)
+
+    def _log_in(self, address: str, password: str) -> str | None:
+        now = self._clock()
+        wrong = [then for then in self._wrong.get(address, []) if now - then < WINDOW]
+        if len(wrong) >= WRONG_TRIES:
+            raise TooManyTries(WINDOW - (now - wrong[0]))
+        if self._password and self._password.matches(password):
+            self._wrong.pop(address, None)
+            session = secrets.token_urlsafe(TOKEN_BYTES)
+            self._sessions[session] = now + SESSION_SECONDS
+            return session
+        self._wrong[address] = [*wrong, now]
+        return None
+
+
+class TooManyTries(ToolError):
+    """Too many wrong passwords from one address."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__("Too many wrong passwords.", f"Wait {seconds:.0f} seconds.")
+        self.seconds = seconds
+
+
+class _TooLarge(Exception):
+    pass
+
+
+class Gate:
+    """ASGI middleware around everything. `hosts`: what Host may say, with the port."""
+
+    def __init__(self, app: "ASGIApp", access: Access, hosts: Collection[str], port: int) -> None:
+        self._app, self._access = app, access
+        self._hosts = frozenset(host.lower() for host in hosts)
+        self.cookie = f"qit_{port}"  # cookies are shared by all ports of a host
+
+    async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        headers = Headers(scope=scope)
+        answer = self._refusal(scope, headers) or self._entrance(scope, headers)
+        if answer:
+            await answer(scope, receive, _protected(send))
+        else:
+            await self._let_in(scope, receive, send)
+
+    def _refusal(self, scope: "Scope", headers: Headers) -> Response | None:
+        if headers.get("host", "").lower() not in self._hosts:
+            return _problem(421, "This address is not one of QwenImageTool's.")
+        origin = headers.get("origin")
+        if origin and scope["method"] not in SAFE and not self._own(origin):
+            return _problem(403, "Another website sent this request.")
+        if int(_number(headers.get("content-length")) or 0) > _limit(scope["path"]):
+            return _problem(413, "The request is too large.")
+        return None
+
+    def _own(self, origin: str) -> bool:
+        parts = urlsplit(origin)
+        return parts.scheme in ("http", "https") and parts.netloc.lower() in self._hosts
+
+    def _entrance(self, scope: "Scope", headers: Headers) -> Response | None:
+        """What is answered instead of letting the request in; None lets it in."""
+        query = parse_qs(scope["query_string"].decode("latin-1"))
+        path = scope["path"]
+        if path == "/" and (given := query.get("__t")):
+            if self._access.is_token(given[0]):
+                return self.welcome(RedirectResponse("/", 303), self._access.token)
+            return _problem(401, "The token is not the one of this start.")
+        if path in OPEN or self._known(headers):
+            return None
+        key = query.get("key", [""])[0]
+        if scope["method"] in SAFE and hmac.compare_digest(
+            key.encode(), self._access.signature(path).encode()
+        ):
+            return None
+        if "text/html" in headers.get("accept", "") and scope["method"] in SAFE:
+            return HTMLResponse(_CLOSED, 401)
+        return _problem(401, "The token is missing or wrong: `qit token` prints it.")
+
+    def welcome(self, answer: Response, key: str) -> Response:
+        """The answer, with the cookie that opens the gate from now on."""
+        answer.set_cookie(self.cookie, quote(key), httponly=True, samesite="strict", path="/")
+        return answer
+
+    def _known(self, headers: Headers) -> bool:
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        if scheme.lower() == "bearer" and self._access.is_token(given.strip()):
+            return True
+        if scheme.lower() == "basic" and self._access.is_token(_basic_password(given)):
+            return True
+        cookie = _cookie(headers.get("cookie", ""), self.cookie)
+        return bool(cookie) and (self._access.is_token(cookie) or self._access.is_session(cookie))
+
+    async def _let_in(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
+        limit, read, started = _limit(scope["path"]), 0, False
+
+        async def counted() -> "Message":
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > limit:
+                raise _TooLarge
+            return message
+
+        async def watched(message: "Message") -> None:
+            nonlocal started
+            if read > limit and not started:  # the app has made another error of it
+                return
+            started = True
+            await protected(message)
+
+        protected = _protected(send)
+        with contextlib.suppress(_TooLarge):
+            await self._app(scope, counted, watched)
+        if read > limit and not started:
+            await _problem(413, "The request is too large.")(scope, receive, protected)
+
+
+def write_private(path: Path, text: str) -> None:
+    """Only the user can read it; it replaces what was there in one step."""
+    import os
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    handle = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(text)
+    new.replace(path)
+
+
+def _protected(send: "Send") -> "Send":
+    async def wrapped(message: "Message") -> None:
+        if message["type"] == "http.response.start":
+            headers = MutableHeaders(scope=message)
+            for name, value in PROTECTION.items():
+                headers.setdefault(name, value)
+            headers.setdefault("cache-control", "no-store")
+        await send(message)
+
+    return wrapped
+
+
+def _limit(path: str) -> int:
+    return MAX_UPLOAD if path in UPLOADS else MAX_BODY
+
+
+def _number(text: str | None) -> int | None:
+    return int(text) if text and text.isascii() and text.isdigit() else None
+
+
+def _basic_password(given: str) -> str:
+    try:
+        text = base64.b64decode(given, validate=True).decode()
+    except (binascii.Error, UnicodeDecodeError):
+        return ""
+    return text.partition(":")[2]
+
+
+def _cookie(header: str, name: str) -> str:
+    jar: SimpleCookie = SimpleCookie()
+    try:
+        jar.load(header)
+    except CookieError:
+        return ""
+    return unquote(jar[name].value) if name in jar else ""
+
+
+def _problem(status: int, message: str) -> JSONResponse:
+    """In the shapes of our own API, OpenAI's and AUTOMATIC1111's at once."""
+    error: dict[str, Any] = {"message": message, "type": "invalid_request_error", "code": status}
+    return JSONResponse({"error": error, "detail": message}, status)
+
+
+_CLOSED = """<!doctype html><meta charset="utf-8"><title>QwenImageTool</title>
+<h1>QwenImageTool</h1>
+<p>This page opens with the address that QwenImageTool printed when it started;
+<code>qit token</code> prints it again.</p>
+<p>On another computer: <a href="/login">log in with the password</a>.</p>"""

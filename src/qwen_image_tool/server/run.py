@@ -1,0 +1,309 @@
+"""`qit serve`: a socket, a token, the app behind the gate, and an end in order."""
+
+import asyncio
+import contextlib
+import errno
+import json
+import os
+import secrets
+import signal
+import socket
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import uvicorn
+from fastapi import FastAPI, Form
+from fastapi.responses import HTMLResponse, RedirectResponse
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from qwen_image_tool import __version__
+from qwen_image_tool.errors import BadRequest, ToolError, Unknown
+from qwen_image_tool.server.a1111 import a1111
+from qwen_image_tool.server.answers import explain_errors
+from qwen_image_tool.server.api import Here, api
+from qwen_image_tool.server.gate import TOKEN_BYTES, Access, Gate, Password, write_private
+from qwen_image_tool.server.hub import Hub
+from qwen_image_tool.server.mcp import Mounted
+from qwen_image_tool.server.openai import openai
+from qwen_image_tool.service import Service, Startup
+from qwen_image_tool.types import Value
+
+PORT = 7860  # preferred; the next free one otherwise
+TRIED_PORTS = 20
+TOKEN_VARIABLE = "QIT_TOKEN"  # noqa: S105
+LEAVE_SECONDS = 2  # for open connections, when the server ends
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+
+
+class Running(Value):
+    """Where a service listens; the file `server.json` of the data folder, while it does."""
+
+    url: str
+    port: int
+    token: str
+    pid: int
+
+
+class Stopper:
+    """Ends a server from another thread."""
+
+    server: uvicorn.Server | None = None
+
+    def stop(self) -> None:
+        if self.server:
+            self.server.should_exit = True
+
+
+def running(data: Path) -> Running:
+    """The service of this data folder. Raises Unknown where none runs."""
+    with contextlib.suppress(OSError, ValueError):
+        found = Running.from_json((data / "server.json").read_text(encoding="utf-8"))
+        if psutil.pid_exists(found.pid):
+            return found
+    raise Unknown("QwenImageTool is not running.", "Start it with `qit serve`.")
+
+
+def build(service: Service, access: Access) -> FastAPI:
+    """All routes over a service, without the gate."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        app.state.hub = hub = Hub(service)
+        mounted = Mounted(service, hub)
+        app.router.routes.append(Route("/mcp", mounted, include_in_schema=False))
+        service.start()
+        yield
+        hub.close()
+        await mounted.close()
+
+    app = FastAPI(
+        title="QwenImageTool",
+        version=__version__,
+        description="Pictures with Alibaba's open Qwen-Image models, on this computer.",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url="/api/openapi.json",
+    )
+    app.state.service, app.state.access = service, access
+    for router in (api, openai, a1111):
+        app.include_router(router)
+    _add_own_routes(app)
+    explain_errors(app)
+    return app
+
+
+def serve(
+    service: Service,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    lan: bool = False,
+    ready: Callable[[Running], None] = lambda _: None,
+    guarded: bool = False,
+    stopper: "Stopper | None" = None,
+) -> None:
+    """Listen until a signal or `stopper` asks to end.
+
+    `port`: None for the remembered one, or a free one near 7860; 0 for any. `guarded`: end with
+    stdin. Raises BadRequest where the address can't be used, or LAN mode has no password.
+    """
+    password = Password(service.data)
+    if lan and not password.is_set:
+        raise BadRequest("On the network, a password is needed.", "Set one: `qit password`.")
+    if not lan and host not in ("127.0.0.1", "localhost", "::1"):
+        raise BadRequest(
+            f"{host} can be reached from other computers.", "Add --lan if you mean it."
+        )
+    bound = bind("0.0.0.0" if lan and host == "127.0.0.1" else host, port, service)  # noqa: S104
+    with bound:
+        number = bound.getsockname()[1]
+        token = os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(TOKEN_BYTES)
+        access = Access(token, password if lan else None)
+        names = [*LOOPBACK, *(own_addresses() if lan else ())]
+        app: FastAPI = build(service, access)
+        gate = Gate(app, access, [f"{name}:{number}" for name in names], number)
+        app.state.gate = gate
+        url = f"http://{names[-1] if lan else '127.0.0.1'}:{number}"
+        where = Running(url=url, port=number, token=token, pid=os.getpid())
+        with _announced(service, where):
+            asyncio.run(_listen(gate, bound, lambda: ready(where), stopper or Stopper(), guarded))
+
+
+def bind(host: str, port: int | None, service: Service) -> socket.socket:
+    """A listening socket. Raises BadRequest."""
+    remembered = service.remembered().get("port")
+    near = [PORT + i for i in range(TRIED_PORTS)]
+    wanted = [port] if port is not None else [p for p in (remembered, *near, 0) if p is not None]
+    for number in wanted:
+        try:
+            bound = _bind(host, int(number))
+        except OSError as error:
+            if error.errno not in (errno.EADDRINUSE, errno.EACCES) or number is wanted[-1]:
+                why = error.strerror or str(error)
+                raise BadRequest(
+                    f"Port {number} of {host} can't be used: {why}.", "Choose another --port."
+                ) from error
+        else:
+            if port is None:
+                service.remember(port=bound.getsockname()[1])
+            return bound
+    raise BadRequest("No port is free.", "Choose one with --port.")
+
+
+def own_addresses() -> list[str]:
+    """Names and addresses under which the local network finds this computer; the last one is the
+    best to show."""
+    found = [
+        address.address.split("%")[0]
+        for addresses in psutil.net_if_addrs().values()
+        for address in addresses
+        if address.family in (socket.AF_INET, socket.AF_INET6)
+    ]
+    v6 = [f"[{address}]" for address in found if ":" in address]
+    v4 = [address for address in found if ":" not in address and not address.startswith("127.")]
+    name = socket.gethostname().lower()
+    return [name, f"{name}.local", *v6, *v4]
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # With the protocol named, asyncio turns Nagle's delay off: 40 ms an answer otherwise
+    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        if os.name == "posix":
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        else:  # on Windows that option would let two programs share the port
+            bound.setsockopt(socket.SOL_SOCKET, getattr(socket, "SO_EXCLUSIVEADDRUSE"), 1)  # noqa: B009
+        bound.bind((host, port))
+    except BaseException:
+        bound.close()
+        raise
+    return bound
+
+
+class _Server(uvicorn.Server):
+    """Signals are ours: uvicorn would raise them again before the service has ended in order."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        names = ("SIGINT", "SIGTERM", "SIGBREAK")
+        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        main = threading.current_thread() is threading.main_thread()
+        before = {n: signal.signal(n, self.handle_exit) for n in numbers} if main else {}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+async def _listen(
+    app: ASGIApp,
+    bound: socket.socket,
+    ready: Callable[[], None],
+    stopper: Stopper,
+    guarded: bool,
+) -> None:
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        lifespan="on",
+        timeout_graceful_shutdown=LEAVE_SECONDS,
+    )
+    server = _Server(config)
+    stopper.server = server
+    if guarded:
+        threading.Thread(target=_end_with_stdin, args=(stopper,), daemon=True).start()
+    serving = asyncio.create_task(server.serve(sockets=[bound]))
+    while not server.started and not serving.done():
+        await asyncio.sleep(0.005)
+    if server.started:
+        ready()
+    await serving
+
+
+def _end_with_stdin(stopper: Stopper) -> None:
+    """The program that started us is gone, however it went."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdin.buffer.read()
+    stopper.stop()
+
+
+@contextlib.contextmanager
+def _announced(service: Service, where: Running) -> Iterator[None]:
+    path = service.data / "server.json"
+    try:
+        write_private(path, where.to_json())
+    except OSError as error:
+        raise ToolError(f"{path} can't be written: {error}.", "Allow writing to it.") from error
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _add_own_routes(app: FastAPI) -> None:
+    @app.get("/healthz", tags=["system"])
+    def health() -> dict[str, Any]:
+        """Who answers here."""
+        return {"app": "qwen-image-tool", "version": __version__, "pid": os.getpid()}
+
+    @app.get("/startup", tags=["system"])
+    def startup(service: Here) -> Startup:
+        """How far the start is."""
+        return service.startup
+
+    @app.get("/api", include_in_schema=False)
+    def docs() -> HTMLResponse:
+        """The routes, from the OpenAPI document; nothing is loaded from elsewhere."""
+        return HTMLResponse(_reference(app.openapi()))
+
+    @app.get("/login", include_in_schema=False)
+    def login_page() -> HTMLResponse:
+        return HTMLResponse(_LOGIN)
+
+    @app.post("/login", include_in_schema=False)
+    def login(http: HttpRequest, password: str = Form(default="", max_length=1000)) -> Response:
+        access, gate = http.app.state.access, http.app.state.gate
+        session = access.log_in(http.client.host if http.client else "", password)
+        if session is None:
+            return HTMLResponse(_LOGIN.replace("<!---->", "<p>That was not it.</p>"), 401)
+        answer: Response = gate.welcome(RedirectResponse("/", 303), session)
+        return answer
+
+
+def _reference(document: dict[str, Any]) -> str:
+    rows = [
+        f"<tr><td>{method.upper()}<td><code>{path}</code><td>{route.get('description', '')}"
+        for path, routes in document["paths"].items()
+        for method, route in routes.items()
+    ]
+    return (
+        '<!doctype html><meta charset="utf-8"><title>QwenImageTool API</title>'
+        f"<h1>{document['info']['title']} {document['info']['version']}</h1>"
+        "<p>For tools: <a href='/api/openapi.json'>openapi.json</a>. MCP: /mcp.</p>"
+        f"<table>{''.join(rows)}</table>"
+    )
+
+
+def ready_line(where: Running) -> str:
+    """For the program that started us."""
+    return json.dumps({"event": "ready", "port": where.port, "url": where.url})
+
+
+_LOGIN = """<!doctype html><meta charset="utf-8"><title>QwenImageTool</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<h1>QwenImageTool</h1><!---->
+<form method="post" action="/login">
+<label>Password <input type="password" name="password" autofocus></label>
+<button>Log in</button></form>"""

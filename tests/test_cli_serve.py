@@ -1,0 +1,123 @@
+"""`qit serve`, `token`, `password`: what a person and a starting program see."""
+
+import io
+import json
+import socket
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from qwen_image_tool.cli.commands import run
+from qwen_image_tool.cli.screen import Screen
+from qwen_image_tool.cli.serve import _welcome
+from qwen_image_tool.errors import BadRequest
+from qwen_image_tool.server import run as serving
+from qwen_image_tool.server.gate import Password
+from qwen_image_tool.settings import load_settings
+from running import TOKEN, Live, process, server
+
+
+def test_the_ready_line_and_the_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("QIT_HOME", str(tmp_path))
+    with process(tmp_path) as running:
+        assert running.http.get("/startup").json()["step"] in ("gallery", "ready")
+        assert run(["token", "--json"]) == 0
+        found = json.loads(capfd.readouterr().out)
+        assert found["token"] == TOKEN
+        assert found["url"] == running.url
+        assert run(["token"]) == 0
+        assert f"{running.url}/?__t={TOKEN}" in capfd.readouterr().out
+        assert run(["serve"]) == 2
+        assert "running already" in capfd.readouterr().err
+
+
+def test_without_a_service_there_is_no_token(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["token"]) == 2
+    assert "Start it with `qit serve`" in capfd.readouterr().err
+
+
+def test_a_file_that_a_killed_service_left_is_not_believed(home: Path) -> None:
+    data = load_settings().data
+    data.mkdir(parents=True)
+    left = serving.Running(url="http://127.0.0.1:1", port=1, token="x", pid=2**22 + 5)
+    (data / "server.json").write_text(left.to_json())
+    with pytest.raises(BadRequest, match="not running"):
+        serving.running(data)
+
+
+def test_the_password_is_read_from_stdin(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("short\n"))
+    assert run(["password"]) == 2
+    monkeypatch.setattr(sys, "stdin", io.StringIO("correct horse\n"))
+    assert run(["password"]) == 0
+    assert "horse" not in "".join(capfd.readouterr())
+    assert Password(load_settings().data).matches("correct horse")
+
+
+def test_the_network_needs_a_password_first(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["serve", "--lan"]) == 2
+    assert "qit password" in capfd.readouterr().err
+    assert run(["serve", "--host", "0.0.0.0"]) == 2
+    assert "--lan" in capfd.readouterr().err
+
+
+def test_the_welcome_shows_the_address_as_a_picture_too(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    where = serving.Running(url="http://192.168.1.2:7860", port=7860, token="tok", pid=1)
+    _welcome(Screen(), where, lan=True)
+    said = capsys.readouterr().out
+    assert "http://192.168.1.2:7860/?__t=tok" in said
+    assert "▀" in said or "█" in said
+
+
+def test_ports(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The remembered one, else 7860, else the next free one; one that was asked for, or none."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        taken = other.getsockname()[1]
+        monkeypatch.setattr(serving, "PORT", taken)
+        with serving.bind("127.0.0.1", None, live.service) as found:
+            near = found.getsockname()[1]
+            assert near != taken
+        assert live.service.remembered()["port"] == near
+        with serving.bind("127.0.0.1", None, live.service) as again:
+            assert again.getsockname()[1] == near
+        with pytest.raises(BadRequest, match="can't be used"):
+            serving.bind("127.0.0.1", taken, live.service)
+    with pytest.raises(BadRequest, match="can't be used"):
+        serving.bind("203.0.113.1", None, live.service)
+
+
+def test_addresses_of_this_computer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def address(family: int, text: str) -> SimpleNamespace:
+        return SimpleNamespace(family=family, address=text)
+
+    cards = {
+        "lo": [address(socket.AF_INET, "127.0.0.1"), address(socket.AF_INET6, "::1")],
+        "eth0": [
+            address(socket.AF_INET6, "fe80::1%eth0"),
+            address(socket.AF_INET, "192.168.1.2"),
+            address(17, "aa:bb"),
+        ],
+    }
+    monkeypatch.setattr("psutil.net_if_addrs", lambda: cards)
+    monkeypatch.setattr(socket, "gethostname", lambda: "Desk")
+    found = serving.own_addresses()
+    assert found[-1] == "192.168.1.2"
+    assert {"desk", "desk.local", "[fe80::1]"} <= set(found)
+    assert "127.0.0.1" not in found
+
+
+@pytest.fixture
+def live(tmp_path: Path) -> Live:
+    """What is remembered needs no server that runs."""
+    with server(tmp_path) as live:
+        return live

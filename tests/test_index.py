@@ -1,0 +1,223 @@
+"""The gallery's index: made from files alone, searched by words, and never wrong about the disk."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from fake_worker import plan_for
+from qwen_image_tool import gallery
+from qwen_image_tool.errors import BadRequest, NotOurPicture, ToolError, Unknown
+from qwen_image_tool.gallery.index import Index, Picture, picture_id, to_trash
+from qwen_image_tool.types import Request, Size
+
+
+def save(folder: Path, prompt: str, seed: int = 1, model: str = "practice", job: str = "") -> Path:
+    request = Request(model=model, prompt=prompt, size=Size(8, 8), steps=2, seed=seed)
+    image = Image.new("RGB", (8, 8), "red")
+    return gallery.save_image(image, folder, request, plan_for(request), {}, "Model", job)
+
+
+class Trash:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir()
+
+    def __call__(self, path: Path) -> None:
+        shutil.move(path, self.folder / path.name)
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> Iterator[Index]:
+    index = Index(tmp_path / "pictures", tmp_path / "pictures.db", Trash(tmp_path / "trash"))
+    yield index
+    index.close()
+
+
+def prompts(index: Index, text: str = "", **more: object) -> list[str]:
+    found = index.search(text, **more)  # type: ignore[arg-type]
+    return [picture.prompt for picture in found.pictures]
+
+
+def test_a_saved_picture_is_found(index: Index) -> None:
+    path = save(index.folder, "a red fox in the snow", seed=2**63 - 1, job="j1")
+    picture = index.add(path)
+    assert picture == index.get(picture.id)
+    assert (picture.file, picture.seed, picture.job) == (path.name, 2**63 - 1, "j1")
+    assert picture.taken[:4] == path.name[:4]
+    assert index.path(picture.id) == path
+    assert index.info(picture.id).job == "j1"
+    assert index.of_job("j1") == [picture]
+    assert index.of_job("") == []
+
+
+def test_words_are_found_in_every_language(index: Index) -> None:
+    for prompt in (
+        "a red fox",
+        "Füchse im Schnee",
+        "一只戴帽子的猫",
+        '50% "off", it\'s a fox-trot',
+    ):
+        index.add(save(index.folder, prompt))
+    assert len(prompts(index, "fox")) == 2
+    assert prompts(index, "FÜCHSE schnee") == ["Füchse im Schnee"]
+    assert prompts(index, "帽子的猫") == ["一只戴帽子的猫"]
+    assert prompts(index, "帽子") == ["一只戴帽子的猫"]  # two letters
+    assert prompts(index, "red a") == ["a red fox"]
+    assert prompts(index, '"off",') == ['50% "off", it\'s a fox-trot']
+    assert prompts(index, "50%") == ['50% "off", it\'s a fox-trot']
+    for odd in ('"', "*", "NEAR(", "a AND", "prompt:fox", "-", "''", "\0", "%", "_"):
+        index.search(odd)
+    assert prompts(index, "unicorn") == []
+
+
+def test_filters(index: Index) -> None:
+    first = index.add(save(index.folder, "one", model="practice"))
+    index.add(save(index.folder, "two", model="qwen-image"))
+    index.star(first.id, True)
+    assert prompts(index, model="qwen-image") == ["two"]
+    assert prompts(index, starred=True) == ["one"]
+    assert prompts(index, since="9999") == []
+    assert len(prompts(index, until="9999")) == 2
+    assert index.models() == {"practice": 1, "qwen-image": 1}
+    assert not index.star(first.id, False).star
+
+
+def test_pages_have_every_picture_once(index: Index) -> None:
+    index.folder.mkdir()
+    for number in range(7):
+        path = save(index.folder, f"number {number}")
+        path.rename(index.folder / f"2026010{number % 3 + 1}-000000-seed{number}.png")
+    index.sync()
+    seen: list[Picture] = []
+    after = None
+    while True:
+        page = index.search("number", limit=2, after=after)
+        seen += page.pictures
+        if (after := page.next) is None:
+            break
+    assert len(seen) == len({picture.id for picture in seen}) == 7
+    assert [p.taken for p in seen] == sorted((p.taken for p in seen), reverse=True)
+    for odd in ("x", "-1", "²", "9" * 30):
+        with pytest.raises(BadRequest, match="no place"):
+            index.search(after=odd)
+
+
+def test_the_index_can_be_made_again_from_the_files(index: Index, tmp_path: Path) -> None:
+    for number in range(3):
+        save(index.folder, f"fox {number}", job="j")
+    save(index.folder / "sub folder", "deep")
+    told: list[tuple[int, int]] = []
+    assert index.sync(lambda done, total: told.append((done, total))).added == 4
+    assert told[0] == (0, 4)
+    before = index.search().pictures
+    again = Index(index.folder, tmp_path / "other.db")
+    again.sync()
+    assert again.search().pictures == before
+    again.close()
+    assert index.sync().model_dump() == {"added": 0, "changed": 0, "gone": 0}
+
+
+def test_what_changes_on_disk_is_noticed(index: Index) -> None:
+    kept, gone = save(index.folder, "kept"), save(index.folder, "gone", seed=2)
+    index.sync()
+    index.star(picture_id(kept.name), True)
+    gone.unlink()
+    other = save(index.folder.parent, "edited", seed=3)
+    other.replace(kept)
+    assert index.sync().model_dump() == {"added": 0, "changed": 1, "gone": 1}
+    assert prompts(index) == ["edited"]
+    assert prompts(index, "kept") == []
+    assert index.get(picture_id(kept.name)).star
+
+
+def test_a_picture_deleted_by_hand_is_forgotten_when_asked_for(index: Index) -> None:
+    picture = index.add(save(index.folder, "one"))
+    (index.folder / picture.file).unlink()
+    with pytest.raises(Unknown, match="not there any more"):
+        index.path(picture.id)
+    with pytest.raises(Unknown):
+        index.get(picture.id)
+    assert prompts(index, "one") == []
+
+
+def test_strangers_and_rubbish(index: Index) -> None:
+    index.folder.mkdir()
+    chunks = PngInfo()
+    text = "a cat\nSteps: 20, Sampler: Euler, CFG scale: 7, Seed: 9, Model: x"
+    chunks.add_text("parameters", text)
+    Image.new("RGB", (9, 7)).save(index.folder / "a1111.png", pnginfo=chunks)
+    Image.new("RGB", (9, 7)).save(index.folder / "plain.jpg")
+    (index.folder / "broken.png").write_bytes(b"\x89PNG\r\n")
+    (index.folder / "notes.txt").write_text("no picture")
+    (index.folder / ".hidden.png.part").write_bytes(b"half")
+    assert index.sync().added == 2
+    [cat] = index.search("cat").pictures
+    assert (cat.model, cat.seed, cat.size) == ("x", 9, Size(9, 7))
+    with pytest.raises(NotOurPicture):
+        index.add(index.folder / "broken.png")
+
+
+def test_delete_goes_to_the_trash(index: Index, tmp_path: Path) -> None:
+    first, second = (index.add(save(index.folder, "fox", seed=n)) for n in (1, 2))
+    (index.folder / second.file).unlink()
+    assert index.delete([first.id, second.id]) == [first.id, second.id]
+    assert [path.name for path in (tmp_path / "trash").iterdir()] == [first.file]
+    assert prompts(index) == []
+    with pytest.raises(Unknown):
+        index.delete([first.id])
+
+
+def test_where_the_trash_refuses_nothing_is_lost(index: Index) -> None:
+    def refuse(path: Path) -> None:
+        raise ToolError("No trash here.", "Delete it by hand.")
+
+    index._trash = refuse
+    picture = index.add(save(index.folder, "fox"))
+    with pytest.raises(ToolError):
+        index.delete([picture.id])
+    assert index.path(picture.id).exists()
+
+
+def test_the_system_trash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real library, in a home of its own."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "share"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = save(tmp_path / "pictures", "fox")
+    to_trash(path)
+    assert not path.exists()
+    with pytest.raises(ToolError, match="Delete it by hand"):
+        to_trash(path)
+
+
+def test_old_temporary_files_are_removed(index: Index) -> None:
+    index.folder.mkdir()
+    old, new = index.folder / ".a.png.part", index.folder / ".b.png.part"
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (1, 1))
+    index.clean()
+    assert (old.exists(), new.exists()) == (False, True)
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [{}, {"text": "snow"}, {"model": "practice"}, {"starred": True}, {"since": "2026"}],
+    ids=str,
+)
+def test_no_search_sorts_what_it_found(index: Index, filters: dict[str, str]) -> None:
+    plans: list[str] = []
+    read = index.database.read
+
+    def spied(sql: str, values: tuple[object, ...] = ()) -> list[object]:
+        plans.extend(str(row["detail"]) for row in read("EXPLAIN QUERY PLAN " + sql, values))
+        return list(read(sql, values))
+
+    index.database.read = spied  # type: ignore[assignment, method-assign]
+    index.search(**filters)  # type: ignore[arg-type]
+    assert plans
+    assert not [plan for plan in plans if "TEMP B-TREE" in plan]

@@ -1,0 +1,119 @@
+"""Models fetched, proven, mended and removed through the API, from a local hub."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny
+from hub import Fault, LocalHub, serve
+from running import Live, server, wait
+
+MODEL = "qwen-image"
+
+
+@pytest.fixture(scope="module")
+def repo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save(tmp_path_factory.mktemp("repos") / "20b")
+
+
+@pytest.fixture
+def hub(repo: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
+    with serve() as hub:
+        hub.add_folder("Qwen/Qwen-Image", repo)
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        monkeypatch.setenv("QIT_LOCAL_HUB", "1")
+        yield hub
+
+
+@pytest.fixture
+def live(hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Live]:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "none"))
+    with server(tmp_path) as live:
+        yield live
+
+
+def over(live: Live) -> dict[str, Any]:
+    """The transfer, once nothing is under way."""
+    found: dict[str, Any] = {}
+
+    def ended() -> bool:
+        found.update(live.http.get("/api/transfers").json()[0])
+        return bool(found["state"] != "running")
+
+    wait(ended)
+    return found
+
+
+def state(live: Live) -> str:
+    return str(live.http.get(f"/api/models/{MODEL}").json()["state"])
+
+
+def test_a_model_comes_is_mended_and_goes(live: Live) -> None:
+    answer = live.http.post(f"/api/models/{MODEL}/download", json={})
+    assert (answer.status_code, answer.json()["state"]) == (202, "running")
+    found = over(live)
+    assert found["state"] == "done", found
+    assert found["progress"]["done_bytes"] == found["progress"]["total_bytes"]
+    assert state(live) == "ready"
+
+    [shard] = (live.service.app.settings.models / MODEL / "vae").glob("*.safetensors")
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    live.http.post(f"/api/models/{MODEL}/verify")
+    assert [fault["path"] for fault in over(live)["faults"]] == [f"vae/{shard.name}"]
+    live.http.post(f"/api/models/{MODEL}/repair")
+    assert over(live)["state"] == "done"
+    live.http.post(f"/api/models/{MODEL}/verify")
+    assert over(live)["faults"] == []
+
+    assert live.http.delete(f"/api/models/{MODEL}").json()["freed_bytes"] > 100_000
+    assert state(live) == "not here"
+
+
+def test_pause_and_go_on(live: Live, hub: LocalHub) -> None:
+    hub.bytes_per_second = 100_000
+    live.http.post(f"/api/models/{MODEL}/download", json={})
+    wait(lambda: bool(live.http.get("/api/transfers").json()[0]["progress"]))
+    busy = live.http.post("/api/models/qwen-image-2512/download", json={})
+    assert busy.status_code == 409
+    assert live.http.post(f"/api/models/{MODEL}/pause").status_code == 200
+    paused = over(live)
+    assert (paused["state"], state(live)) == ("paused", "not here")
+    hub.bytes_per_second = 0
+    live.http.post(f"/api/models/{MODEL}/download", json={})
+    assert over(live)["state"] == "done"
+    assert state(live) == "ready"
+
+
+def test_cancel_throws_away_what_came(live: Live, hub: LocalHub) -> None:
+    hub.bytes_per_second = 100_000
+    live.http.post(f"/api/models/{MODEL}/download", json={})
+    wait(lambda: bool(live.http.get("/api/transfers").json()[0]["progress"]))
+    live.http.post(f"/api/models/{MODEL}/cancel")
+    assert over(live)["state"] == "cancelled"
+
+
+def test_a_failure_is_explained(live: Live, hub: LocalHub) -> None:
+    hub.faults.append(Fault("404", times=99, where="api"))
+    live.http.post(f"/api/models/{MODEL}/download", json={})
+    found = over(live)
+    assert found["state"] == "failed"
+    assert found["failure"]["kind"] == "network"
+    assert found["failure"]["message"]
+    assert "stays" in found["failure"]["kept"]
+
+
+def test_the_end_of_the_service_pauses_it(
+    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "none"))
+    hub.bytes_per_second = 50_000
+    with server(tmp_path) as live:
+        live.http.post(f"/api/models/{MODEL}/download", json={})
+        wait(lambda: bool(live.http.get("/api/transfers").json()[0]["progress"]))
+        service = live.service
+    [transfer] = service.transfers.all()
+    assert transfer.state == "paused"

@@ -1,0 +1,56 @@
+"""The real worker: torch in a child process, the practice model, real failures."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qwen_image_tool.supervisor import COMMAND
+from running import Live, server, wait
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    home = tmp_path_factory.mktemp("live")
+    os.environ |= {"QIT_HOME": str(home)}
+    with server(home, command=COMMAND) as live:
+        yield live
+
+
+def test_a_picture_and_its_previews(live: Live) -> None:
+    first = live.wait(live.submit("a red circle", size="64x64", steps=3), 120)
+    assert first["job"]["state"] == "done", first
+    assert first["pictures"][0]["size"] == "64x64"
+    assert first["job"]["plan"]["device"]
+    assert set(first["job"]["seconds"]) == {"load", "encode", "denoise", "decode", "save"}
+    second = live.wait(live.submit("a red circle", size="64x64", steps=3, seed=6), 120)
+    assert live.service.preview
+    assert second["job"]["seconds"]["load"] < first["job"]["seconds"]["load"]
+
+
+def test_stopping_within_a_step(live: Live) -> None:
+    job = live.submit("a red circle", steps=1000)
+    wait(lambda: (live.http.get(f"/api/jobs/{job}").json()["progress"] or {}).get("step", 0) > 0)
+    live.http.post(f"/api/jobs/{job}/cancel")
+    assert live.wait(job)["job"]["state"] == "cancelled"
+
+
+def test_what_the_engine_refuses_is_told(live: Live) -> None:
+    job = live.wait(live.submit("a red circle " * 500))["job"]
+    assert job["state"] == "failed"
+    assert job["failure"]["kind"] == "request"
+    assert "tokens" in job["failure"]["message"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ulimit -v")
+def test_a_worker_without_memory(tmp_path: Path) -> None:
+    """Its address space is cut: torch itself can't be loaded, and the queue stops after the second
+    try instead of going on for ever."""
+    command = ("sh", "-c", 'ulimit -v 700000; exec "$@"', "sh", *COMMAND)
+    with server(tmp_path, command=command) as live:
+        job = live.wait(live.submit("a red circle", size="64x64"), 120)["job"]
+        assert (job["state"], job["again"]) == ("failed", 1)
+        assert job["failure"]["kind"] in ("memory", "crashed")
+        assert live.http.get("/healthz").status_code == 200
