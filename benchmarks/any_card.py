@@ -124,7 +124,8 @@ def reference(options: argparse.Namespace) -> dict[str, Any]:
 
     pipe = pipeline(options, whole=True).to("cuda")
     pipe.set_progress_bar_config(disable=True)
-    embeds = {name: encode(pipe, text) for name, text in (("p", PROMPT), ("n", NEGATIVE))}
+    texts = {"p": PROMPT} | ({"n": NEGATIVE} if options.model == "qwen-image" else {})
+    embeds = {name: encode(pipe, text) for name, text in texts.items()}
     torch.save(embeds, options.scratch / "embeds.pt")
     call(pipe, options, embeds)  # the first run warms up
     torch.cuda.reset_peak_memory_stats()
@@ -509,7 +510,7 @@ def decode(pipe: Any, cells: Any, options: argparse.Namespace) -> Any:
 
 
 def same_embeddings(cache: Path, scratch: Path) -> bool:
-    """Whether what our engine kept of both prompts ends in what diffusers encoded."""
+    """Whether what our engine kept of the prompts ends in what diffusers encoded."""
     import torch
     from safetensors.torch import load_file
 

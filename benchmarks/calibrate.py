@@ -277,7 +277,8 @@ def run(
     engine_room, installed = engine_modules(Path(folder))
     request, plan = resident(installed, side, pictures, halves)
     plan = plan.model_copy(update={"compiled": compiled, "attention": attention})
-    engine = engine_room.Engine(installed)
+    scratch = tempfile.TemporaryDirectory()  # knows the prompt after the first run
+    engine = engine_room.Engine(installed, Path(scratch.name))
 
     def follow(steps: int, **how: Any) -> Phases:
         phases = Phases(**how)
@@ -293,6 +294,7 @@ def run(
         flop = follow(WARM_STEPS, counted=counter.get_total_flops).counts
     context = used_bytes() - before - torch.cuda.memory_reserved()
     engine.release()
+    scratch.cleanup()
     tokens, hidden = sizes(installed, side)
     return {
         "side": side,
