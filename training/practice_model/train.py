@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import multiprocessing
-import os
 import random
 import shutil
 import subprocess
@@ -101,7 +99,7 @@ def text_stage(options: Options) -> None:
 def transformer_stage(options: Options) -> None:
     begin = time.time()
     every = make_scenes(options)
-    latents = make_latents(options, every, begin + LATENTS_READY * options.minutes * 60)
+    latents = make_latents(options, every)
     model = compiled_transformer(options)
     left = options.minutes - (time.time() - begin) / 60
     train_transformer(replace(options, minutes=left), model, every, latents)
@@ -110,59 +108,22 @@ def transformer_stage(options: Options) -> None:
 def all_stage(options: Options) -> None:
     """From the weights in `options.weights` to better ones in `options.out`, in `options.minutes`.
 
-    Two processes prepare latents and words while this one compiles the steps.
+    One after the other: beside the compiler, on the same GPU, latents came 900 times slower.
     """
     begin = time.time()
     import_stage(options)
-    spawn = multiprocessing.get_context("spawn")
-    until = begin + LATENTS_READY * options.minutes * 60
-    helpers = [
-        spawn.Process(target=prepare_latents, args=(options, until)),
-        spawn.Process(target=prepare_words, args=(options, os.getpid())),
-    ]
-    (options.run_dir / "scenes.pt").unlink(missing_ok=True)
-    try:
-        for helper in helpers:
-            helper.start()
-        model = compiled_transformer(options)
-        for helper in helpers:
-            helper.join()
-            if helper.exitcode:
-                raise RuntimeError(f"{helper.name} ended with {helper.exitcode}: see above")
-    finally:
-        for helper in helpers:
-            helper.terminate()
-    print(f"prepared in {time.time() - begin:.0f} s", flush=True)
-    every, latents = (
-        torch.load(options.run_dir / file, map_location=options.device, weights_only=False)
-        for file in ("scenes.pt", "latents.pt")
-    )
+    every = make_scenes(options)
+    train_text(replace(options, minutes=TEXT_SHARE * options.minutes, compile=False), every)
+    latents = make_latents(options, every)
+    model = compiled_transformer(options)
     left = options.minutes - (time.time() - begin) / 60 - MINUTES_AROUND
     train_transformer(replace(options, minutes=left), model, every, latents)
 
 
-LATENTS_READY = 0.15  # share of the time
-TEXT_SHARE = 0.05  # of the time, for the text encoder's steps, if it has to learn
+LATENTS_SHARE = 0.12  # of the time, at most
+TEXT_SHARE = 0.02  # of the time, for the text encoder's steps, if it has to learn
 READS_WELL = 0.995  # share of held-out captions
 MINUTES_AROUND = 0.3  # for Python's imports before and the export after
-
-
-def prepare_latents(options: Options, until: float) -> None:
-    every = make_scenes(options)
-    save(options.run_dir / "scenes.pt", every)
-    save(options.run_dir / "latents.pt", make_latents(options, every, until))
-
-
-def prepare_words(options: Options, parent: int) -> None:
-    """Trains the text encoder on the scenes of `prepare_latents` when they are there."""
-    file = options.run_dir / "scenes.pt"
-    while not file.exists():
-        if os.getppid() != parent:
-            raise RuntimeError("no scenes: the training ended")
-        time.sleep(0.2)
-    every = torch.load(file, map_location=options.device, weights_only=False)
-    minutes = TEXT_SHARE * options.minutes
-    train_text(replace(options, minutes=minutes, compile=False), every)
 
 
 def judge_stage(options: Options) -> None:
@@ -241,8 +202,9 @@ def read_held_out(options: Options) -> float:
     return reading_loss(scores, wanted)[1].item()
 
 
-def make_latents(options: Options, every: list[Scenes], until: float) -> list[Tensor]:
+def make_latents(options: Options, every: list[Scenes]) -> list[Tensor]:
     begin = time.time()
+    until = begin + LATENTS_SHARE * options.minutes * 60
     latents = draw_latents(*load_vae(options), every, until)
     print(f"{sum(map(len, latents)):,} latents in {time.time() - begin:.0f} s", flush=True)
     return latents
