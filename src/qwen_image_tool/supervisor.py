@@ -100,6 +100,7 @@ class Supervisor:
         self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
         self._stopping = False
         self._paused = False
+        self._unloading = False
         self._halted: Failure | None = None
         self._worker: WorkerProcess | None = None
         self._current: _Current | None = None
@@ -130,8 +131,13 @@ class Supervisor:
 
     def pause(self) -> None:
         """Stop working and give all memory back; the running job goes back to the queue."""
+        self._paused = True
+        self.unload()
+
+    def unload(self) -> None:
+        """Give all memory back; the running job goes back to the queue, and loads again."""
         with self._lock:
-            self._paused = True
+            self._unloading = True
             if self._current:
                 self._ask(self._current, "put back")
         self._wake.set()
@@ -186,6 +192,9 @@ class Supervisor:
     def _run(self) -> None:
         while not self._stopping:
             try:
+                if self._unloading:
+                    self._unloading = False
+                    self._end_worker()
                 if not self._work():
                     self._rest()
             except ToolError as error:  # the record can't be written: nothing is lost, try again
@@ -212,8 +221,6 @@ class Supervisor:
         return True
 
     def _rest(self) -> None:
-        if self._paused:
-            self._end_worker()
         woken = self._wake.wait(self._idle_seconds if self._worker else None)
         self._wake.clear()
         if not woken:

@@ -263,8 +263,7 @@ def refresh() -> dict[str, Any]:
 @a1111.post("/unload-checkpoint")
 def unload(service: Here) -> dict[str, Any]:
     """Free all memory; the next job loads again. The job under way goes back to the queue."""
-    service.supervisor.pause()
-    service.supervisor.resume()
+    service.supervisor.unload()
     return {}
 
 
