@@ -100,7 +100,12 @@ def test_libre_chat(live: Live) -> None:
         ({"override_settings": {"sd_vae": "x"}}, 400),
         ({"override_settings": {"sd_model_checkpoint": "unicorn"}}, 400),
         ({"override_settings": {"sd_model_checkpoint": "practice [abc]"}}, 200),
+        ({"subseed_strength": 0.4}, 400),
+        ({"eta": 0.5}, 400),
+        ({"clip_skip": 2}, 400),
+        ({"unheard_of": "yes"}, 400),
         ({"alwayson_scripts": {}, "styles": [], "tiling": False}, 200),
+        ({"eta": None, "s_noise": 1.0, "subseed": -1, "hr_scale": 2, "send_images": True}, 200),
     ],
 )
 def test_what_cannot_be_honoured(live: Live, fields: dict[str, Any], status: int) -> None:

@@ -30,6 +30,26 @@ from qwen_image_tool.types import Request, Size
 ORIGIN = "a1111"
 SAMPLERS = ("", "Euler", "Automatic")
 SCHEDULERS = ("", "Simple", "simple", "Automatic", "automatic")
+# What clients send beside a switch that is refused when it is on, or of files that we keep anyway
+IDLE = {
+    *(
+        "denoising_strength",
+        "subseed",
+        "firstphase_width",
+        "firstphase_height",
+        "refiner_switch_at",
+    ),
+    *("override_settings_restore_afterwards", "seed_enable_extras", "comments", "force_task_id"),
+    *("save_images", "do_not_save_samples", "do_not_save_grid"),
+}
+# AUTOMATIC1111's own defaults, where they are not empty
+UNCHANGED = {
+    "seed_resize_from_w": -1,
+    "seed_resize_from_h": -1,
+    "s_noise": 1.0,
+    "clip_skip": 1,
+    "send_images": True,
+}
 
 
 class TextToImage(BaseModel):
@@ -73,15 +93,9 @@ class TextToImage(BaseModel):
             raise NotSupported("The only sampler is Euler.", "sampler_name")
         if (self.scheduler or "") not in SCHEDULERS:
             raise NotSupported("The only scheduler is Simple.", "scheduler")
-        for name in (
-            "enable_hr",
-            "tiling",
-            "restore_faces",
-            "styles",
-            "alwayson_scripts",
-            "script_name",
-        ):
-            if (self.model_extra or {}).get(name):
+        for name, value in (self.model_extra or {}).items():
+            idle = name in IDLE or name.startswith("hr_")
+            if not idle and value and value != UNCHANGED.get(name):
                 raise NotSupported(f"{name} does not exist here.", name)
 
 
