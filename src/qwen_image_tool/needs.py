@@ -123,24 +123,24 @@ class Needs:
     # Memory
 
     def _device_bytes(self, way: Way) -> dict[PhaseName, int]:
-        """Where it is computed: on the GPU, or in RAM."""
+        """Where it is computed: on the GPU, or in RAM. The ring's buffers come with the first step
+        and stay: the next request loads and encodes beside them."""
         model, wide = self.installed, _widened(way)
         layers = model.text_layers
         kept = wide * (
             outer_bytes(model)
             + 2 * model.vae_parameters
-            + way.blocks.resident * model.blocks.bytes
+            + (way.blocks.resident + way.blocks.slots) * model.blocks.bytes
             + way.text.resident * layers.bytes
         )
         reading = wide * (way.text.slots * layers.bytes + self._reading_bytes())
         rows = wide * self._rows_bytes()
         making = max(rows, wide * PASSING * model.blocks.modulation_bytes)
-        ready = kept + rows + wide * way.blocks.slots * model.blocks.bytes
         return {
             "load": kept + rows + making,
-            "encode": kept + reading,
-            "denoise": ready + self.drawing_bytes(way),
-            "decode": ready + self.decoding_bytes(way),
+            "encode": kept + rows + reading,
+            "denoise": kept + rows + self.drawing_bytes(way),
+            "decode": kept + rows + self.decoding_bytes(way),
         }
 
     def _host_bytes(self, way: Way) -> dict[PhaseName, int]:
