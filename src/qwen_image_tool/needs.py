@@ -74,10 +74,10 @@ class Needs:
         model = self.installed.model
         decoding = DECODINGS[model.family]
         share = model.decode_bytes_per_pixel / decoding.whole * _widened(way)
-        counted = self.working.pixels * decoding.whole
+        taken = float(self.working.pixels * decoding.whole)  # with all its kernels take
         if self._single_frame(way):
-            counted = decoding.bytes(self.working, way.strips)
-        return int(counted * share * self._family.decode_slack) + self._workspace(way)
+            taken = decoding.bytes(self.working, way.strips) * self._family.decode_slack
+        return int(taken * share) + self._workspace(way)
 
     def step_seconds(self, way: Way) -> float | None:
         """Computing and copying run beside each other. None where a rate is not known."""

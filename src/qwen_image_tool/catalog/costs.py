@@ -21,7 +21,7 @@ class FamilyCosts(Value):
     traffic: float = Field(description="Hidden states that a block reads and writes, eager")
     compiled_traffic: float = Field(description="The same, compiled")
     decode_slack: float = Field(
-        description="Memory of decoding, as a multiple of the tensors that are counted"
+        description="Memory of our own decoder, as a multiple of its tensors: kernels work in it"
     )
     decode_flop: float = Field(description="To decode one pixel")
     decode_traffic: float = Field(description="Bytes that decoding one pixel reads and writes")
