@@ -186,3 +186,25 @@ def test_weights_of_another_model_are_not_taken(tmp_path: Path) -> None:
     for name in ("qwen-image", "qwen-image-2.1"):
         with pytest.raises(BadRequest, match="does not fit"):
             check_model(found, CATALOG.find(name), CATALOG)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"img_in.weight": (), "txt_norm.weight": (3584,)},
+        {"img_in.weight": (), "txt_in.text_norm.weight": (4096,)},
+        {"img_in.weight": (3072,), "txt_norm.weight": ()},
+        {"controlnet_blocks.0": ()},
+        {"controlnet_blocks.0.weight": (7, 7)},
+        {"control_img_in.weight": ()},
+        {"token_embd.weight": ()},
+        {"decoder.conv_in.weight": ()},
+        {"lora_down": ()},
+        {},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("write", [sparse, gguf])
+def test_what_only_looks_like_a_model_is_refused(tmp_path: Path, write: Any, tensors: Any) -> None:
+    with pytest.raises(ModelUnsupported):
+        recognise(write(tmp_path / "some.safetensors", tensors))

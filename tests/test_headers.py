@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qwen_image_tool.errors import ModelBroken
-from qwen_image_tool.store.headers import MAX_HEADER, read_header
+from qwen_image_tool.errors import ModelBroken, ModelUnsupported
+from qwen_image_tool.store.formats import FUSED, PREFIXES, SIGNS, UNREADABLE, describe
+from qwen_image_tool.store.headers import MAX_HEADER, Header, Stored, read_header
 
 MIB = 1 << 20
 
@@ -168,12 +169,29 @@ def test_5000_mutated_headers(weights: Path, container: str) -> None:
         else:  # the change hit a name, a value or the data: all that is described lies in the file
             size = path.stat().st_size
             assert all(0 <= t.offset <= t.offset + t.bytes <= size for t in header.tensors.values())
+            with contextlib.suppress(ModelUnsupported):
+                describe(path, header)
         slowest = max(slowest, time.perf_counter() - started)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert refused > 3500
     assert peak < 64 * MIB
     assert slowest < 2
+
+
+def test_5000_headers_of_known_names_and_any_shapes() -> None:
+    """Whatever stands behind the names that files are told by: an answer or a refusal."""
+    rng = random.Random(5)
+    names = [*SIGNS, "txt_norm.weight", "txt_in.text_norm.weight", "token_embd.weight", FUSED]
+    names += ["controlnet_blocks.0", "control_img_in.weight", "x.embed_tokens.weight", "lora_a"]
+    names += [part for part, _ in UNREADABLE]
+    for _ in range(5000):
+        tensors = {}
+        for name in rng.sample(names, rng.randint(0, 4)):
+            shape = tuple(rng.choice([0, 1, 16, 64, 3072, 4096]) for _ in range(rng.randint(0, 5)))
+            tensors[rng.choice(["", *PREFIXES]) + name] = Stored("BF16", shape, 0, 0)
+        with contextlib.suppress(ModelUnsupported):
+            describe(Path("any"), Header("safetensors", tensors, {}, 0))
 
 
 @pytest.mark.parametrize(

@@ -172,13 +172,13 @@ def _identify(keys: dict[str, Stored], path: Path) -> tuple[Kind, Family]:
     if any(".lora_" in key or key.startswith("lora_") for key in keys):
         return "lora", _lora_family(keys, path)
     if "img_in.weight" in keys and "txt_norm.weight" in keys:
-        _agree(keys["img_in.weight"].shape[0], WIDTHS, "qwen-image", path)
+        _agree(keys["img_in.weight"], WIDTHS, "qwen-image", path)
         return ("controlnet" if _any(keys, "controlnet_blocks.") else "transformer"), "qwen-image"
     if "img_in.weight" in keys and "txt_in.text_norm.weight" in keys:
-        _agree(keys["img_in.weight"].shape[0], WIDTHS, "qwen-image-2.1", path)
+        _agree(keys["img_in.weight"], WIDTHS, "qwen-image-2.1", path)
         return "transformer", "qwen-image-2.1"
     if _any(keys, "controlnet_blocks.") or _any(keys, "control_img_in."):
-        return "controlnet", _controlnet_family(keys)
+        return "controlnet", _controlnet_family(keys, path)
     embedding = _ending(keys, "embed_tokens.weight") or keys.get("token_embd.weight")
     if embedding and len(embedding.shape) == 2:
         return "text_encoder", _text_family(embedding, keys, path)
@@ -198,8 +198,11 @@ def _ending(keys: dict[str, Stored], end: str) -> Stored | None:
     return next((stored for key, stored in keys.items() if key.endswith(end)), None)
 
 
-def _agree(width: int, widths: dict[int, Family], family: Family, path: Path) -> None:
-    """The layout says `family`; the shapes have to say the same."""
+def _agree(
+    stored: Stored, widths: dict[int, Family], family: Family, path: Path, axis: int = 0
+) -> None:
+    """The layout says `family`; the shape of a matrix has to say the same."""
+    width = stored.shape[axis] if len(stored.shape) == 2 else 0
     if widths.get(width) != family:
         wanted = next(size for size, name in widths.items() if name == family)
         raise ModelUnsupported(
@@ -219,9 +222,14 @@ def _lora_family(keys: dict[str, Stored], path: Path) -> Family:
     )
 
 
-def _controlnet_family(keys: dict[str, Stored]) -> Family:
-    first = next(stored for key, stored in keys.items() if len(stored.shape) == 2)
-    return "qwen-image-2.1" if 4096 in first.shape else "qwen-image"
+def _controlnet_family(keys: dict[str, Stored], path: Path) -> Family:
+    sizes = {size for stored in keys.values() if len(stored.shape) == 2 for size in stored.shape}
+    for width, family in reversed(WIDTHS.items()):
+        if width in sizes:
+            return family
+    raise ModelUnsupported(
+        f"{path} is a ControlNet of another model.", "Its widths are not Qwen-Image's."
+    )
 
 
 def _text_family(embedding: Stored, keys: dict[str, Stored], path: Path) -> Family:
@@ -230,7 +238,7 @@ def _text_family(embedding: Stored, keys: dict[str, Stored], path: Path) -> Fami
         if _ending(keys, ".self_attn.q_norm.weight") or _ending(keys, ".attn_q_norm.weight")
         else "qwen-image"
     )
-    _agree(embedding.shape[1], TEXT_WIDTHS, family, path)
+    _agree(embedding, TEXT_WIDTHS, family, path, axis=1)
     return family
 
 
