@@ -761,3 +761,34 @@ def test_modelscope(repos: Path, tmp_path: Path) -> None:
         library.download(T2I)
         assert library.verify(T2I, full=True) == ()
         assert {seen.token for seen in hub.requests} == {""}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"foo": 1},
+        {"siblings": None},
+        {"siblings": [{"size": 3}]},
+        {"siblings": [{"rfilename": 7}]},
+        {"siblings": [{"rfilename": "a.json", "size": -3}]},
+        {"siblings": [{"rfilename": "a.json", "size": 1, "blobId": "../../../outside"}]},
+        {"siblings": [{"rfilename": "a.safetensors", "lfs": {"sha256": "../x", "size": 1}}]},
+        {"Code": 404},
+        {"Data": None},
+        {"Data": {"Files": [{"Type": "blob"}]}},
+        {"Data": {"Files": [{"Path": "a", "Type": "blob", "Size": "many"}]}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["huggingface", "modelscope"])
+def test_an_answer_of_another_form_is_said(
+    hub: LocalHub, tmp_path: Path, kind: Any, answer: object
+) -> None:
+    hub.listing = json.dumps(answer).encode()
+    reached = Hub(hub.endpoint, kind=kind, local=True)
+    library = Library(CATALOG, tmp_path / "models", lambda: reached, None, QUICK)
+    with pytest.raises(DownloadFailed) as caught:
+        library.download(T2I)
+    assert caught.value.kind == "server"
+    assert hub.endpoint in caught.value.message
+    assert "another source" in caught.value.hint

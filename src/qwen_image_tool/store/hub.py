@@ -14,8 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar
 from urllib.parse import quote, urljoin, urlsplit
+
+from pydantic import BaseModel, Field, ValidationError
 
 from qwen_image_tool.errors import BadRequest, DownloadFailed, FailureKind
 
@@ -68,6 +70,48 @@ class Listing:
     files: dict[str, RemoteFile] = field(default_factory=dict)
 
 
+Sha256 = Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]  # it names a file on disk
+
+
+class _Lfs(BaseModel):
+    size: int = Field(ge=0)
+    sha256: Sha256 = ""
+
+
+class _Sibling(BaseModel):
+    """Of an answer of Hugging Face's API: what is used of it."""
+
+    rfilename: str
+    size: int | None = Field(default=None, ge=0)
+    blob_id: str | None = Field(default=None, alias="blobId", pattern=r"^[0-9a-f]{40,64}$")
+    lfs: _Lfs | None = None
+
+
+class _Repo(BaseModel):
+    sha: str | None = None
+    siblings: list[_Sibling]
+
+
+class _ScopeFile(BaseModel):
+    """Of an answer of ModelScope's API. Folders have no size."""
+
+    path: str = Field(alias="Path")
+    type: str = Field(alias="Type")
+    size: int = Field(default=0, alias="Size", ge=0)
+    sha256: Sha256 = Field(default="", alias="Sha256")
+
+
+class _ScopeFiles(BaseModel):
+    files: list[_ScopeFile] = Field(alias="Files")
+
+
+class _ScopeRepo(BaseModel):
+    data: _ScopeFiles = Field(alias="Data")
+
+
+Form = TypeVar("Form", bound=BaseModel)
+
+
 @dataclass(frozen=True)
 class Body:
     """Bytes of a file from `start` on: 0 where the server ignored the wanted offset.
@@ -96,31 +140,34 @@ class Hub:
         """
         if self.kind == "modelscope":
             return self._list_modelscope(repo, revision or "master")
-        from huggingface_hub.hf_api import ModelInfo
-
         path = f"/api/models/{quote(repo)}"
         path += f"/revision/{quote(revision, safe='')}" if revision else ""
-        info = ModelInfo(**self._json(f"{self.endpoint}{path}?blobs=true", repo))
-        files = [
-            RemoteFile(
-                safe_name(sibling.rfilename),
-                sibling.lfs.size if sibling.lfs else sibling.size or 0,
-                sibling.lfs.sha256 if sibling.lfs else "",
-                "" if sibling.lfs else sibling.blob_id or "",
-            )
-            for sibling in info.siblings or ()
-        ]
-        return Listing(repo, info.sha or revision, {file.path: file for file in files})
+        found = self._answer(_Repo, f"{self.endpoint}{path}?blobs=true", repo)
+        files = [_remote(sibling) for sibling in found.siblings]
+        return Listing(repo, found.sha or revision, {file.path: file for file in files})
 
     def _list_modelscope(self, repo: str, revision: str) -> Listing:
         url = f"{self.endpoint}/api/v1/models/{quote(repo)}/repo/files"
-        found = self._json(f"{url}?Revision={quote(revision, safe='')}&Recursive=true", repo)
+        url += f"?Revision={quote(revision, safe='')}&Recursive=true"
         files = [
-            RemoteFile(safe_name(str(entry["Path"])), int(entry["Size"]), str(entry["Sha256"]))
-            for entry in found.get("Data", {}).get("Files", ())
-            if entry.get("Type") == "blob"
+            RemoteFile(safe_name(entry.path), entry.size, entry.sha256)
+            for entry in self._answer(_ScopeRepo, url, repo).data.files
+            if entry.type == "blob"
         ]
         return Listing(repo, revision, {file.path: file for file in files})
+
+    def _answer(self, form: type[Form], url: str, repo: str) -> Form:
+        try:
+            return form.model_validate(self._json(url, repo))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the whole"
+            raise DownloadFailed(
+                "server",
+                f"{self.endpoint} did not answer with the files of {repo} ({where}:"
+                f" {first['msg']}).",
+                OTHER_SOURCE,
+            ) from error
 
     def _json(self, url: str, repo: str) -> dict[str, Any]:
         import json
@@ -212,6 +259,9 @@ class Hub:
 
 
 LATER = "Try again later: what came is kept."
+OTHER_SOURCE = (
+    "Try again later, or from another source: HF_ENDPOINT, or `source` in the config file."
+)
 NOT_SAFE = "Nothing was fetched from there. Check the network, or HF_ENDPOINT."
 
 
@@ -230,6 +280,13 @@ def connect(
 
     trusted = source == "huggingface" and (local or urlsplit(endpoint).hostname in TOKEN_HOSTS)
     return Hub(endpoint, get_token() if trusted else None, source, local)
+
+
+def _remote(sibling: _Sibling) -> RemoteFile:
+    path = safe_name(sibling.rfilename)
+    if sibling.lfs:
+        return RemoteFile(path, sibling.lfs.size, sibling.lfs.sha256)
+    return RemoteFile(path, sibling.size or 0, "", sibling.blob_id or "")
 
 
 def safe_name(path: str) -> str:
