@@ -63,6 +63,8 @@ class LocalHub:
     holding: int = 0  # connections that stall now
     go_on: threading.Event = field(default_factory=threading.Event)  # ends a stall
     gated: bool = False
+    hashes: bool = True  # whether the list has them, of weights and of texts
+    sizes: bool = True
     listing: bytes = b""  # answers every question for a list, where given
     endpoint: str = ""
     cdn: str = ""
@@ -160,7 +162,9 @@ class _Handler(BaseHTTPRequestHandler):
             if is_lfs(name):
                 digest = sha256(data)
                 entry["lfs"] = {"sha256": digest, "size": len(data), "pointerSize": 135}
-            siblings.append(entry)
+            gone = [] if self.hub.hashes else ["blobId", "lfs"]
+            gone += [] if self.hub.sizes else ["size", "lfs"]
+            siblings.append({key: value for key, value in entry.items() if key not in gone})
         body = {"id": repo, "modelId": repo, "sha": commit, "siblings": siblings, "tags": []}
         self._say(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
         return None

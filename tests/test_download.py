@@ -22,7 +22,7 @@ from diffusers import QwenImageTransformer2DModel
 from huggingface_hub import close_session
 
 import tiny
-from hub import Fault, LocalHub, download, is_lfs, make_certificate, serve
+from hub import Fault, LocalHub, download, is_lfs, make_certificate, serve, sha256
 from qwen_image_tool.catalog import Model, load_catalog
 from qwen_image_tool.errors import (
     BadRequest,
@@ -37,7 +37,7 @@ from qwen_image_tool.store.headers import Header, read_header
 from qwen_image_tool.store.hub import Hub, connect, safe_name
 from qwen_image_tool.store.library import Library
 from qwen_image_tool.store.places import Elsewhere
-from qwen_image_tool.store.record import PRIVATE
+from qwen_image_tool.store.record import PRIVATE, Digest, Kept
 from qwen_image_tool.types import DownloadProgress, Event
 from test_formats import gguf
 
@@ -792,3 +792,36 @@ def test_an_answer_of_another_form_is_said(
     assert caught.value.kind == "server"
     assert hub.endpoint in caught.value.message
     assert "another source" in caught.value.hint
+
+
+@pytest.mark.parametrize("lacks", ["hashes", "sizes"])
+def test_what_nobody_could_prove_is_not_fetched(
+    hub: LocalHub, library: Library, lacks: str
+) -> None:
+    setattr(hub, lacks, False)
+    with pytest.raises(DownloadFailed, match=r"gives no (hash|size) for") as caught:
+        library.download(T2I)
+    assert "another source" in caught.value.hint
+    assert not hub.sent
+    assert not [p for p in library.folder(T2I).rglob("*.*") if PRIVATE not in p.parts]
+    setattr(hub, lacks, True)
+    library.download(T2I)
+    assert_whole(hub, library, T2I)
+
+
+def test_the_size_has_to_do_for_a_small_text(hub: LocalHub, library: Library) -> None:
+    """As on mirrors that list the hashes of weights alone."""
+    files = [
+        {"rfilename": name, "size": len(data)}
+        | ({"lfs": {"size": len(data), "sha256": sha256(data)}} if is_lfs(name) else {})
+        for name, data in published(hub, T2I).items()
+    ]
+    hub.listing = json.dumps({"sha": hub.commit(T2I.repo), "siblings": files}).encode()
+    library.download(T2I)
+    assert_whole(hub, library, T2I)
+
+
+def test_weights_without_a_hash_never_agree() -> None:
+    file = Kept(path="a.gguf", repo="", revision="", source="", size=0)
+    assert not Digest(file).agrees
+    assert Digest(file.model_copy(update={"path": "a.json"})).agrees

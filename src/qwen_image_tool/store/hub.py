@@ -53,7 +53,8 @@ class Transient(Exception):
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """A file of a repository. LFS files have `sha256`, small ones git's own SHA-1."""
+    """A file of a repository; -1 is a size that the hub does not give. LFS files have `sha256`,
+    small ones git's own SHA-1."""
 
     path: str
     size: int
@@ -82,7 +83,7 @@ class _Sibling(BaseModel):
     """Of an answer of Hugging Face's API: what is used of it."""
 
     rfilename: str
-    size: int | None = Field(default=None, ge=0)
+    size: int = Field(default=-1, ge=0)
     blob_id: str | None = Field(default=None, alias="blobId", pattern=r"^[0-9a-f]{40,64}$")
     lfs: _Lfs | None = None
 
@@ -97,7 +98,7 @@ class _ScopeFile(BaseModel):
 
     path: str = Field(alias="Path")
     type: str = Field(alias="Type")
-    size: int = Field(default=0, alias="Size", ge=0)
+    size: int = Field(default=-1, alias="Size", ge=0)
     sha256: Sha256 = Field(default="", alias="Sha256")
 
 
@@ -286,7 +287,7 @@ def _remote(sibling: _Sibling) -> RemoteFile:
     path = safe_name(sibling.rfilename)
     if sibling.lfs:
         return RemoteFile(path, sibling.lfs.size, sibling.lfs.sha256)
-    return RemoteFile(path, sibling.size or 0, "", sibling.blob_id or "")
+    return RemoteFile(path, sibling.size, "", sibling.blob_id or "")
 
 
 def safe_name(path: str) -> str:

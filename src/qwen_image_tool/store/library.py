@@ -28,7 +28,7 @@ from qwen_image_tool.errors import (
 from qwen_image_tool.store import verify
 from qwen_image_tool.store.download import Control, Effort, Progress, check_space, fetch
 from qwen_image_tool.store.formats import RUNNING, check_model, readable
-from qwen_image_tool.store.hub import Hub, Listing, RemoteFile, Transient
+from qwen_image_tool.store.hub import OTHER_SOURCE, Hub, Listing, RemoteFile, Transient
 from qwen_image_tool.store.places import Elsewhere
 from qwen_image_tool.store.record import (
     IMPORTED,
@@ -269,7 +269,7 @@ class Library:
         hub = self._connect()
         listing = _list(hub, model.repo, model.revision)
         names = [n for n in listing.files if n.split(".")[0].upper() in ("LICENSE", "LICENCE")]
-        if not names or listing.files[names[0]].size > MAX_LICENCE:
+        if not names or not 0 <= listing.files[names[0]].size <= MAX_LICENCE:
             return f"{licence.name}\n{licence.url}"
         return _small_text(hub, listing, listing.files[names[0]])
 
@@ -583,7 +583,8 @@ def _absent(what: str, listing: Listing) -> DownloadFailed:
 
 
 def _kept(file: RemoteFile, path: str, listing: Listing) -> Kept:
-    return Kept(
+    """Raises DownloadFailed where nothing would prove that the file came whole."""
+    kept = Kept(
         path=path,
         repo=listing.repo,
         revision=listing.revision,
@@ -592,6 +593,15 @@ def _kept(file: RemoteFile, path: str, listing: Listing) -> Kept:
         sha256=file.sha256,
         git_sha1=file.git_sha1,
     )
+    if kept.size < 0 or (kept.is_weights and not kept.identity):
+        what = "size" if kept.size < 0 else "hash"
+        raise DownloadFailed(
+            "server",
+            f"The source gives no {what} for {file.path} of {listing.repo}, so nobody could prove"
+            " that it came whole.",
+            OTHER_SOURCE,
+        )
+    return kept
 
 
 def _size(path: Path) -> int:

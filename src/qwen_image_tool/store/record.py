@@ -113,7 +113,7 @@ class Digest:
     """A running hash of a file's content: SHA-256, or git's SHA-1 where that is all the hub has."""
 
     def __init__(self, file: Kept) -> None:
-        self._wanted = file.identity
+        self._wanted, self._is_weights = file.identity, file.is_weights
         if file.sha256 or not file.git_sha1:
             self._hash = hashlib.sha256()
         else:
@@ -128,8 +128,8 @@ class Digest:
 
     @property
     def agrees(self) -> bool:
-        """Also true where no hash was published: then the size is all there is."""
-        return not self._wanted or self.hex == self._wanted
+        """Where no hash was published, true for small texts alone: their size has to do."""
+        return self.hex == self._wanted if self._wanted else not self._is_weights
 
 
 def digest_file(
