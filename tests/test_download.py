@@ -576,6 +576,28 @@ def test_what_turbo_adds_is_known_before(library: Library) -> None:
     assert library.to_fetch(TURBO) == TURBO.components["transformer"].bytes
 
 
+def test_what_an_interruption_left_to_fetch_is_known(hub: LocalHub, library: Library) -> None:
+    """A component is here when all its shards are, not when its configuration is."""
+    total = sum(len(data) for name, data in published(hub, T2I).items() if "/" in name)
+    hub.faults.append(Fault("404", times=9, match=SHARD))
+    with pytest.raises(DownloadFailed):
+        library.download(T2I)
+    folder = library.folder(T2I)
+    record = library.record(T2I)
+    assert record
+    have = [file for file in record.files if "/" in file.path and (folder / file.path).exists()]
+    partial = sum(path.stat().st_size for path in (folder / PRIVATE / "partial").iterdir())
+    left = library.to_fetch(T2I)
+    assert left == total - sum(file.size for file in have) - partial
+    assert left >= sum(len(data) for name, data in published(hub, T2I).items() if SHARD in name)
+    hub.faults.clear()
+    library.download(T2I)
+    assert library.to_fetch(T2I) == 0
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    size = len(published(hub, T2I)["vae/diffusion_pytorch_model.safetensors"])
+    assert library.to_fetch(T2I) == size
+
+
 def test_the_hugging_face_cache_is_used_and_not_changed(
     hub: LocalHub, repos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -119,7 +119,7 @@ def fetch(
     Raises DownloadFailed, Paused or Cancelled after all threads have stopped; what came is kept.
     """
     wanted = sorted(files, key=lambda file: file.size)
-    check_space(folder, _to_come(folder, wanted))
+    check_space(folder, to_come(folder, wanted))
     halt = Control(control.reason, threading.Event())
     with ThreadPoolExecutor(effort.parallel, thread_name_prefix="download") as pool:
         jobs = [
@@ -128,7 +128,7 @@ def fetch(
         ]
         try:
             while wait(jobs, effort.look_every, FIRST_EXCEPTION).not_done and not _failed(jobs):
-                check_space(folder, _to_come(folder, wanted))
+                check_space(folder, to_come(folder, wanted))
         finally:
             halt.pause()  # one failed, or the user pressed Ctrl-C: the others keep what they have
             pool.shutdown(wait=True, cancel_futures=True)
@@ -161,7 +161,7 @@ def _raise_first(errors: list[BaseException | None]) -> None:
         raise error
 
 
-def _to_come(folder: Path, files: Iterable[Kept]) -> int:
+def to_come(folder: Path, files: Iterable[Kept]) -> int:
     """Bytes that the disk has yet to take; those in temporary files are there already."""
     return sum(
         max(0, file.size - _size(partial_path(folder, file)))

@@ -26,7 +26,7 @@ from qwen_image_tool.errors import (
     ModelUnsupported,
 )
 from qwen_image_tool.store import verify
-from qwen_image_tool.store.download import Control, Effort, Progress, check_space, fetch
+from qwen_image_tool.store.download import Control, Effort, Progress, check_space, fetch, to_come
 from qwen_image_tool.store.formats import RUNNING, check_model, readable
 from qwen_image_tool.store.hub import OTHER_SOURCE, Hub, Listing, RemoteFile, Transient
 from qwen_image_tool.store.places import Elsewhere
@@ -132,20 +132,31 @@ class Library:
         return folder
 
     def to_fetch(self, model: Model, variant: str = "") -> int:
-        """Bytes that a download would still take, by the catalogue: components that another
-        installed model shares, and those that are here, don't count. Asks nobody."""
+        """Bytes that a download would still take: what the model's record names and the disk lacks,
+        else by the catalogue. Components that another installed model shares don't count. Asks
+        nobody."""
         wanted = self._variant_name(model, variant)
         chosen = None if wanted.startswith(IMPORTED) else model.variant(wanted)
         sizes = {name: part.bytes for name, part in model.components.items()}
         if chosen:
             sizes["transformer"] = chosen.bytes
-        for name in list(sizes):
+        for name, published in sizes.items():
             place = transformer_folder(wanted) if name == "transformer" else name
             owner = model.shares.get(name)
-            shared = owner and self._has(self.catalog.find(owner), name)
-            if shared or self._has(model, place):
-                del sizes[name]
+            left = self._left(model, place)
+            if owner and self._left(self.catalog.find(owner), name) == 0:
+                left = 0
+            sizes[name] = published if left is None else left
         return sum(sizes.values())
+
+    def _left(self, model: Model, place: str) -> int | None:
+        """Bytes of a component that the disk lacks; None where the record names no file of it."""
+        folder = self.folder(model)
+        record = _record_or_none(folder)
+        files = record.within(place) if record else ()
+        if not any(file.is_weights for file in files):
+            return None
+        return to_come(folder, files)
 
     def _variant_name(self, model: Model, variant: str) -> str:
         """As the catalogue or the import wrote it. Raises BadRequest."""
@@ -157,14 +168,6 @@ class Library:
             return variant
         found = model.variant(variant)
         return found.id if found else OWN
-
-    def _present(self, model: Model) -> list[str]:
-        folder = self.folder(model)
-        record = _record_or_none(folder)
-        return [f.path for f in record.files if (folder / f.path).exists()] if record else []
-
-    def _has(self, model: Model, place: str) -> bool:
-        return any(path.startswith(f"{place}/") for path in self._present(model))
 
     def _plan(self, folder: Path, model: Model, name: str) -> Record:
         """The files to have with the variant `name`, pinned: an earlier record's stay as they are.

@@ -56,8 +56,11 @@ class Record(Value):
         return tuple(sorted(found))
 
     def weights(self, variant: str) -> tuple[Kept, ...]:
-        start = transformer_folder(variant) + "/"
-        return tuple(f for f in self.files if f.is_weights and f.path.startswith(start))
+        return tuple(f for f in self.within(transformer_folder(variant)) if f.is_weights)
+
+    def within(self, place: str) -> tuple[Kept, ...]:
+        """The files of a sub-folder."""
+        return tuple(file for file in self.files if file.path.startswith(f"{place}/"))
 
 
 def transformer_folder(variant: str) -> str:
