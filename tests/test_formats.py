@@ -14,8 +14,16 @@ from diffusers import (
 )
 
 from qwen_image_tool.catalog import load_catalog
-from qwen_image_tool.errors import BadRequest, ModelUnsupported
-from qwen_image_tool.store.formats import check_model, models_for, readable, recognise
+from qwen_image_tool.errors import BadRequest, ModelBroken, ModelUnsupported
+from qwen_image_tool.store.formats import (
+    OUTSIDE,
+    PER_BLOCK,
+    check_model,
+    check_whole,
+    models_for,
+    readable,
+    recognise,
+)
 
 CATALOG = load_catalog()
 Shapes = dict[str, tuple[int, ...]]
@@ -208,3 +216,19 @@ def test_weights_of_another_model_are_not_taken(tmp_path: Path) -> None:
 def test_what_only_looks_like_a_model_is_refused(tmp_path: Path, write: Any, tensors: Any) -> None:
     with pytest.raises(ModelUnsupported):
         recognise(write(tmp_path / "some.safetensors", tensors))
+
+
+@pytest.mark.parametrize(("tensors", "family"), [(DIT20, "qwen-image"), (DIT21, "qwen-image-2.1")])
+def test_the_needed_tensors_are_those_of_the_real_classes(tensors: Shapes, family: Any) -> None:
+    blocks = {f"transformer_blocks.0.{name}" for name in PER_BLOCK[family]}
+    assert blocks | set(OUTSIDE[family]) == set(tensors)
+
+
+def test_a_transformer_of_fewer_blocks_than_published_is_not_whole(tmp_path: Path) -> None:
+    path = sparse(
+        tmp_path / "two.safetensors", {k: DIT20[k] for k in DIT20 if "_in." in k or "txt_n" in k}
+    )
+    with pytest.raises(ModelBroken, match=r"first is norm_out\.linear\.weight"):
+        check_whole(path)
+    with pytest.raises(ModelBroken, match=r"first is transformer_blocks\.1\."):
+        check_whole(sparse(tmp_path / "one.safetensors", DIT21))

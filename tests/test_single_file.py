@@ -21,7 +21,13 @@ from qwen_image_tool.cli.commands import run
 from qwen_image_tool.engine import vae
 from qwen_image_tool.engine.engine import Engine
 from qwen_image_tool.engine.weights import Checkpoint, read
-from qwen_image_tool.errors import BadRequest, DownloadFailed, ModelMissing, ModelUnsupported
+from qwen_image_tool.errors import (
+    BadRequest,
+    DownloadFailed,
+    ModelBroken,
+    ModelMissing,
+    ModelUnsupported,
+)
 from qwen_image_tool.store import formats, inspect, locate
 from qwen_image_tool.store.hub import Hub
 from qwen_image_tool.store.library import Library
@@ -231,6 +237,38 @@ def test_an_imported_file_is_completed_and_runs(
     library.remove(model, "imported-BF16")
     assert not library.folder(model).exists()
     assert path.is_file()
+
+
+@pytest.mark.parametrize("lost", ["proj_out.weight", "transformer_blocks.1.attn.to_k.weight", ""])
+def test_half_a_transformer_is_refused(
+    hub: LocalHub, repos: Path, tmp_path: Path, model: Model, lost: str
+) -> None:
+    """A tensor, a block in the middle, or all blocks are missing."""
+    tensors = fused(published(repos, model))
+    lost = lost or "transformer_blocks."
+    kept = {name: tensor for name, tensor in tensors.items() if lost not in name}
+    assert len(kept) < len(tensors)
+    library = library_of(hub, tmp_path / "models")
+    path = write(tmp_path / "x.safetensors", kept)
+    with pytest.raises(ModelBroken, match="not a whole transformer") as caught:
+        library.import_file(path, model)
+    assert lost in caught.value.message
+    assert not library.folder(model).exists()
+
+
+def test_what_an_imported_file_still_needs_is_said(
+    hub: LocalHub, repos: Path, tmp_path: Path, model: Model
+) -> None:
+    library = library_of(hub, tmp_path / "models")
+    library.import_file(write(tmp_path / "x.safetensors", plain(published(repos, model))), model)
+    missing = {fault.path for fault in library.verify(model)}
+    assert missing == set(model.components) - {"transformer"}
+    assert {fault.path for fault in library.verify(model, full=True)} == missing
+    with pytest.raises(ModelMissing, match="is missing") as caught:
+        library.repair(model)
+    assert f"qit models download {model.id}" in caught.value.hint
+    library.download(model, accept_licence=True)
+    assert library.verify(model) == ()
 
 
 def test_importing_again_replaces(hub: LocalHub, repos: Path, tmp_path: Path, model: Model) -> None:

@@ -140,7 +140,9 @@ def verify(
     _report(screen, faults)
     _done(screen, as_json, "" if faults else f"{entry.name} is whole.", faults=_plain(faults))
     if faults:
-        screen.note(f"`qit models repair {entry.id}` fetches what is broken.")
+        absent = any(fault.path in entry.components for fault in faults)
+        command, what = ("download", "missing") if absent else ("repair", "broken")
+        screen.note(f"`qit models {command} {entry.id}` fetches what is {what}.")
         raise typer.Exit(1)
 
 

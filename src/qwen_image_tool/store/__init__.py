@@ -292,13 +292,8 @@ def _headers(folder: Path, name: str, found: verify.Component | None) -> list[He
         raise ModelMissing(
             f"The component {name!r} is missing: there is no folder {folder}.", verify.AGAIN
         )
-    config = {
-        "scheduler": "scheduler_config.json",
-        "tokenizer": "tokenizer_config.json",
-        "processor": "tokenizer_config.json",  # the part of it that is read
-    }
-    verify.read_json(folder / config.get(name, "config.json"))
-    if name in config:
+    verify.read_json(folder / verify.CONFIGS.get(name, "config.json"))
+    if name in verify.CONFIGS:
         return []
     for fault in found.faults:
         raise ModelBroken(fault.kind, fault.message, verify.AGAIN)

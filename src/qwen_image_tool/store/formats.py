@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from qwen_image_tool.catalog import Catalog, Family, Model
-from qwen_image_tool.errors import BadRequest, ModelUnsupported
+from qwen_image_tool.errors import BadRequest, ModelBroken, ModelUnsupported
 from qwen_image_tool.store.headers import Header, Stored, read_header
 from qwen_image_tool.types import Value
 
@@ -21,6 +21,41 @@ TEXT_WIDTHS: dict[int, Family] = {3584: "qwen-image", 4096: "qwen-image-2.1"}
 Kind = Literal["transformer", "text_encoder", "vae", "lora", "controlnet"]
 RUNNING = ("BF16", "F16", "F32")  # storage that the engine computes from
 FUSED, GATE, UP = "img_mlp.gate_up.", "img_mlp.gate_layer.", "img_mlp.proj."
+
+
+def _pairs(*names: str) -> tuple[str, ...]:
+    return tuple(f"{name}.{part}" for name in names for part in ("weight", "bias"))
+
+
+def _weights(*names: str) -> tuple[str, ...]:
+    return tuple(f"{name}.weight" for name in names)
+
+
+# diffusers' names of a transformer's tensors: of each block, and outside of the blocks
+TIME = ("time_text_embed.timestep_embedder.linear_1", "time_text_embed.timestep_embedder.linear_2")
+PER_BLOCK: dict[Family, tuple[str, ...]] = {
+    "qwen-image": (
+        *_pairs("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.to_add_out"),
+        *_pairs("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "img_mod.1", "txt_mod.1"),
+        *_pairs("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
+        *_weights("attn.norm_q", "attn.norm_k", "attn.norm_added_q", "attn.norm_added_k"),
+    ),
+    "qwen-image-2.1": _weights(
+        *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.norm_q", "attn.norm_k"),
+        *("img_mlp.gate_layer", "img_mlp.proj", "img_mlp.out"),
+    ),
+}
+OUTSIDE: dict[Family, tuple[str, ...]] = {
+    "qwen-image": (
+        *_pairs("img_in", "txt_in", "norm_out.linear", "proj_out", *TIME),
+        "txt_norm.weight",
+    ),
+    "qwen-image-2.1": _weights(
+        *("img_in", "txt_in.in_layer", "txt_in.out_layer", "txt_in.text_norm"),
+        *("modulation.1", "norm_out.linear", "proj_out", *TIME),
+    ),
+}
+BLOCKS = {3072: 60, 4096: 32}  # of the published transformers, by their width
 
 # Part of a key -> the format it gives away, and why it can't be read. The first match counts.
 UNREADABLE = (
@@ -134,6 +169,38 @@ def readable(path: Path) -> Checkpoint:
             "Take the bf16 or a GGUF file of the same model: `qit models show` lists them.",
         )
     return found
+
+
+def check_whole(path: Path) -> None:
+    """Raises ModelBroken where the transformer in one file lacks a tensor that every one of its
+    family has. How many blocks it has, its width says, else the last of them."""
+    header = read_header(path)
+    found = describe(path, header)
+    names = model_keys(header.tensors)
+    width = header.tensors[names["img_in.weight"].key].shape[0]
+    if lost := lacking(names, found.family, BLOCKS.get(width) or _count_blocks(names)):
+        raise ModelBroken(
+            "missing",
+            f"{path} is not a whole transformer: {len(lost)} tensors are missing, the first is"
+            f" {lost[0]}.",
+            "Get the file again from where it came.",
+        )
+
+
+def lacking(names: Collection[str], family: Family, blocks: int) -> list[str]:
+    """What a transformer of `blocks` blocks needs, and `names` (diffusers') does not have."""
+    numbered = (
+        f"transformer_blocks.{number}.{name}"
+        for number in range(blocks)
+        for name in PER_BLOCK[family]
+    )
+    return [name for name in (*OUTSIDE[family], *numbered) if name not in names]
+
+
+def _count_blocks(names: Iterable[str]) -> int:
+    """Up to the last; 1 where there is none, so that it is missed."""
+    parts = (name.split(".") for name in names if name.startswith("transformer_blocks."))
+    return 1 + max((int(p[1]) for p in parts if p[1].isdecimal() and len(p[1]) < 4), default=0)
 
 
 def models_for(checkpoint: Checkpoint, catalog: Catalog) -> tuple[Model, ...]:

@@ -27,7 +27,7 @@ from qwen_image_tool.errors import (
 )
 from qwen_image_tool.store import verify
 from qwen_image_tool.store.download import Control, Effort, Progress, check_space, fetch, to_come
-from qwen_image_tool.store.formats import RUNNING, check_model, readable
+from qwen_image_tool.store.formats import RUNNING, check_model, check_whole, readable
 from qwen_image_tool.store.hub import OTHER_SOURCE, Hub, Listing, RemoteFile, Transient
 from qwen_image_tool.store.places import Elsewhere
 from qwen_image_tool.store.record import (
@@ -352,6 +352,11 @@ class Library:
                 f"`qit models download {model.id}` proves them, and fetches only what is wrong.",
             )
         known = {file.path for file in record.files}
+        for fault in faults:
+            if fault.path in model.components:  # all of it is missing, and not recorded
+                raise ModelMissing(
+                    fault.message, f"`qit models download {model.id}` fetches what is needed."
+                )
         with self._locked(folder), _pausable(folder, control):
             for fault in faults:
                 if fault.path in known:
@@ -398,7 +403,8 @@ class Library:
         where the disk allows it, copied elsewhere. What it is, its keys and shapes say. `download`
         then fetches what the model needs beside it.
 
-        Raises ModelBroken, ModelUnsupported (can't be read yet) and BadRequest (another model's).
+        Raises ModelBroken (also where tensors are missing), ModelUnsupported (can't be read yet)
+        and BadRequest (another model's).
         """
         found = readable(path)
         if found.kind != "transformer":
@@ -407,6 +413,7 @@ class Library:
                 f"`qit models download {model.id}` fetches the other parts.",
             )
         check_model(found, model, self.catalog)
+        check_whole(path)
         folder, name = self.folder(model), IMPORTED + found.storage
         target = folder / transformer_folder(name) / path.name
         with self._locked(folder):

@@ -12,6 +12,7 @@ from typing import Any
 from qwen_image_tool.errors import Cancelled, FaultKind, ModelBroken
 from qwen_image_tool.store.headers import SUFFIXES, Header, read_header
 from qwen_image_tool.store.record import (
+    VARIANTS,
     Kept,
     Record,
     digest_file,
@@ -22,6 +23,11 @@ from qwen_image_tool.types import Event, Value, VerifyProgress
 
 MAX_JSON = 32 << 20  # bytes; a tokenizer's file has 11 MB
 REPORT_EVERY = 64 << 20  # bytes between two events
+CONFIGS = {  # of the components without weights
+    "scheduler": "scheduler_config.json",
+    "tokenizer": "tokenizer_config.json",
+    "processor": "tokenizer_config.json",  # the part of it that is read
+}
 PAGE = 4096  # bytes that a disk is written by
 
 
@@ -39,7 +45,25 @@ def quick(folder: Path, record: Record | None, components: Iterable[str]) -> tup
     Without a record (a folder that somebody put there) the files are checked against their own
     headers and indexes alone.
     """
-    return faults_of(folder, record, read_components(folder, record, components))
+    parts = read_components(folder, record, components)
+    return *faults_of(folder, record, parts), *_absent(folder, record, parts, components)
+
+
+def _absent(
+    folder: Path, record: Record | None, parts: dict[str, "Component"], components: Iterable[str]
+) -> Iterable[Fault]:
+    """Components of which nothing is here, nor in the record, whose files `_sizes` names."""
+    for name in components:
+        places = [name, *(p for p in parts if name == "transformer" and p.startswith(VARIANTS))]
+        imported = name == "transformer" and record and record.imported
+        recorded = record and any(record.within(place) for place in places)
+        if not imported and not recorded and not any(_is_there(name, parts.get(p)) for p in places):
+            message = f"The component {name!r} is missing: {folder / name} does not hold it."
+            yield Fault(path=name, kind="missing", message=message)
+
+
+def _is_there(name: str, part: "Component | None") -> bool:
+    return part is not None and bool(name in CONFIGS or part.weights or part.faults)
 
 
 def faults_of(
