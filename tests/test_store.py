@@ -11,7 +11,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextDecoderLay
 
 import tiny
 from qwen_image_tool.catalog import load_catalog
-from qwen_image_tool.errors import BadRequest, ModelMissing, ModelUnsupported
+from qwen_image_tool.errors import BadRequest, ModelBroken, ModelMissing, ModelUnsupported
 from qwen_image_tool.store import blocks_of, expect, locate, text_layers_of
 
 CATALOG = load_catalog()
@@ -120,6 +120,51 @@ def test_what_is_not_there_is_said(reference: str, message: str, tmp_path: Path)
     with pytest.raises(BadRequest) as caught:
         locate(reference, CATALOG, tmp_path)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "place", "message"),
+    [
+        (lambda f: take_weights(f, "text_encoder", "transformer"), "transformer", "has no tensor"),
+        (lambda f: take_weights(f, "vae", "text_encoder"), "text_encoder", "embed_tokens.weight"),
+        (lambda f: take_weights(f, "transformer", "vae"), "vae", "decoder.conv_in.weight"),
+        (
+            lambda f: set_in(f / "transformer" / "config.json", num_layers=10**12),
+            "transformer",
+            "transformer_blocks.",
+        ),
+        (
+            lambda f: set_in(f / "transformer" / "config.json", num_attention_heads=24),
+            "transformer",
+            "not 384 rows",
+        ),
+        (lambda f: set_in(f / "vae" / "config.json", z_dim=48), "vae", "not 48 columns"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["folder", "folder_21"])
+def test_files_of_another_component_are_refused(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    kind: str,
+    spoil: Callable[[Path], None],
+    place: str,
+    message: str,
+) -> None:
+    """Whole files, each of them, but not those that the configuration means."""
+    folder = request.getfixturevalue(kind)
+    spoil(folder)
+    with pytest.raises(ModelBroken) as caught:
+        locate(str(folder), CATALOG, tmp_path)
+    assert caught.value.kind == "swapped"
+    assert str(folder / place) in caught.value.message
+    assert message in caught.value.message
+
+
+def take_weights(folder: Path, source: str, target: str) -> None:
+    for path in (folder / target).glob("*.safetensors*"):
+        path.unlink()
+    for path in (folder / source).glob("*.safetensors*"):
+        shutil.copy(path, folder / target)
 
 
 # Qwen-Image-2.1

@@ -12,8 +12,13 @@ from pydantic import Field
 from qwen_image_tool.catalog import DEFAULT_MODEL, Catalog, Family, Model, did_you_mean
 from qwen_image_tool.errors import BadRequest, ModelBroken, ModelMissing, ModelUnsupported
 from qwen_image_tool.store import verify
-from qwen_image_tool.store.formats import describe
-from qwen_image_tool.store.headers import Header
+from qwen_image_tool.store.formats import (
+    LATENT_CHANNELS,
+    check_shapes,
+    check_transformer,
+    describe,
+)
+from qwen_image_tool.store.headers import Header, Stored
 from qwen_image_tool.store.places import Elsewhere
 from qwen_image_tool.store.record import OWN, Record, read_record, transformer_folder
 from qwen_image_tool.types import Value
@@ -159,7 +164,7 @@ def inspect(
 
     A schedule of the folder's own takes the place of the model's. Raises ModelMissing that names
     the first file which is not there, ModelUnsupported where the folder holds another kind of
-    model.
+    model, ModelBroken where a component's tensors are not those of its configuration.
     """
     index = verify.read_json(folder / "model_index.json")
     found = index.get("_class_name")
@@ -173,17 +178,34 @@ def inspect(
     parts = parts or verify.read_components(folder, None, places.values())
     headers = {name: _headers(folder / at, name, parts.get(at)) for name, at in places.items()}
     sizes = {name: sum(header.size for header in found) for name, found in headers.items()}
+    configs = {
+        name: verify.read_json(folder / places[name] / "config.json")
+        for name in ("transformer", "text_encoder", "vae")
+    }
+    blocks = blocks_of(configs["transformer"], model.family)
+    text_layers = text_layers_of(configs["text_encoder"], model.family)
+    check_transformer(
+        folder / places["transformer"],
+        _tensors(headers["transformer"]),
+        model.family,
+        blocks.count,
+        blocks.width,
+    )
+    last = f"layers.{text_layers.count - 1}.self_attn.q_proj.weight"
+    check_shapes(
+        folder / "text_encoder",
+        _tensors(headers["text_encoder"]),
+        {"embed_tokens.weight": text_layers.width, last: text_layers.width},
+    )
+    channels = configs["vae"].get("z_dim", LATENT_CHANNELS[model.family])
+    check_shapes(folder / "vae", _tensors(headers["vae"]), {"decoder.conv_in.weight": channels})
     return Installed(
         model=_with_sigmas(model, index.get("sample_sigmas"), folder),
         folder=folder,
         variant=variant,
         bytes=sizes | {"transformer": _as_bfloat16(headers["transformer"])},
-        blocks=blocks_of(
-            verify.read_json(folder / places["transformer"] / "config.json"), model.family
-        ),
-        text_layers=text_layers_of(
-            verify.read_json(folder / "text_encoder" / "config.json"), model.family
-        ),
+        blocks=blocks,
+        text_layers=text_layers,
         vae_parameters=_parameters(headers["vae"]),
     )
 
@@ -300,6 +322,11 @@ def _headers(folder: Path, name: str, found: verify.Component | None) -> list[He
     if not found.weights:
         raise ModelMissing(f"The file {folder / 'model.safetensors'} is missing.", verify.AGAIN)
     return list(found.weights.values())
+
+
+def _tensors(headers: list[Header]) -> dict[str, Stored]:
+    """Of all files of a component."""
+    return {name: stored for header in headers for name, stored in header.tensors.items()}
 
 
 def _parameters(headers: list[Header]) -> int:

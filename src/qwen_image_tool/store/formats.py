@@ -55,6 +55,7 @@ OUTSIDE: dict[Family, tuple[str, ...]] = {
         *("modulation.1", "norm_out.linear", "proj_out", *TIME),
     ),
 }
+LATENT_CHANNELS: dict[Family, int] = {"qwen-image": 16, "qwen-image-2.1": 64}
 BLOCKS = {3072: 60, 4096: 32}  # of the published transformers, by their width
 
 # Part of a key -> the format it gives away, and why it can't be read. The first match counts.
@@ -187,11 +188,45 @@ def check_whole(path: Path) -> None:
         )
 
 
+def check_transformer(
+    folder: Path, tensors: dict[str, Stored], family: Family, blocks: int, width: int
+) -> None:
+    """Raises ModelBroken where `tensors` are not the transformer that its configuration means:
+    `blocks` blocks of `width`."""
+    names = model_keys(tensors)
+    for name in lacking(names, family, blocks):
+        raise _foreign(folder, f"has no tensor {name}")
+    shape = tensors[names["img_in.weight"].key].shape
+    if shape[:1] != (width,):
+        raise _foreign(folder, f"has img_in.weight of the shape {shape} and not {width} rows")
+
+
+def check_shapes(folder: Path, tensors: dict[str, Stored], columns: dict[str, int]) -> None:
+    """Raises ModelBroken where no tensor ends in a key of `columns`, or its second side is not
+    that long."""
+    for name, wanted in columns.items():
+        found = _ending(tensors, name)
+        if found is None:
+            raise _foreign(folder, f"has no tensor {name}")
+        if found.shape[1:2] != (wanted,):
+            raise _foreign(
+                folder, f"has {name} of the shape {found.shape} and not {wanted} columns"
+            )
+
+
+def _foreign(folder: Path, what: str) -> ModelBroken:
+    return ModelBroken(
+        "swapped",
+        f"The files in {folder} do not fit its config.json: it {what}.",
+        "They belong to another component or model: download it again.",
+    )
+
+
 def lacking(names: Collection[str], family: Family, blocks: int) -> list[str]:
     """What a transformer of `blocks` blocks needs, and `names` (diffusers') does not have."""
     numbered = (
         f"transformer_blocks.{number}.{name}"
-        for number in range(blocks)
+        for number in range(min(blocks, len(names) + 1))  # a configuration may say any number
         for name in PER_BLOCK[family]
     )
     return [name for name in (*OUTSIDE[family], *numbered) if name not in names]
