@@ -232,3 +232,27 @@ def test_a_transformer_of_fewer_blocks_than_published_is_not_whole(tmp_path: Pat
         check_whole(path)
     with pytest.raises(ModelBroken, match=r"first is transformer_blocks\.1\."):
         check_whole(sparse(tmp_path / "one.safetensors", DIT21))
+
+
+@pytest.mark.parametrize(
+    ("data", "hint"),
+    [
+        (b"<!DOCTYPE html><html></html>", "download the file itself"),
+        (b"\x80\x02}q\x00.", "Take the safetensors or GGUF file"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        (b"", "Get the file again"),
+        (None, "Check the path"),
+    ],
+)
+def test_what_is_no_weight_file_names_the_next_step(
+    tmp_path: Path, data: bytes | None, hint: str
+) -> None:
+    path = tmp_path / "some.safetensors"
+    if data is not None:
+        path.write_bytes(data)
+    with pytest.raises(ModelBroken) as caught:
+        recognise(path)
+    assert hint in caught.value.hint
+    with pytest.raises(ModelBroken, match="is a folder") as caught:
+        recognise(tmp_path)
+    assert "--model" in caught.value.hint

@@ -200,3 +200,25 @@ def test_the_practice_model_needs_no_download(library: Library) -> None:
     here = MODEL.model_copy(update={"repo": ""})
     with pytest.raises(BadRequest, match="comes with the program"):
         library.download(here)
+    for ask in (library.verify, library.repair, library.remove, library.pause):
+        with pytest.raises(BadRequest, match="comes with the program"):
+            ask(here)
+
+
+def test_a_pause_of_nothing_is_said(library: Library) -> None:
+    """And leaves no sign that would stop the next download."""
+    before = sorted(library.folder(MODEL).rglob("*"))
+    with pytest.raises(BadRequest, match=r"No download of Qwen-Image-2\.1 is running") as caught:
+        library.pause(MODEL)
+    assert caught.value.exit_code == 2
+    assert sorted(library.folder(MODEL).rglob("*")) == before
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_variant_that_is_not_here_is_not_removed(library: Library, recorded: bool) -> None:
+    """Least of all by deleting what is here: with a record or put there by hand."""
+    if not recorded:
+        record_path(library.folder(MODEL)).unlink()
+    with pytest.raises(BadRequest, match=r"no comfy-bf16 is here. Here is: bf16\."):
+        library.remove(MODEL, "comfy-bf16")
+    assert library.verify(MODEL) == ()

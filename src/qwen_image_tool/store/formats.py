@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from qwen_image_tool.catalog import Catalog, Family, Model
-from qwen_image_tool.errors import BadRequest, ModelBroken, ModelUnsupported
+from qwen_image_tool.errors import BadRequest, FaultKind, ModelBroken, ModelUnsupported
 from qwen_image_tool.store.headers import Header, Stored, read_header
 from qwen_image_tool.types import Value
 
@@ -75,6 +75,16 @@ UNREADABLE = (
 )
 
 
+GET_AGAIN = "Get the file again from where it came."
+HINTS: dict[FaultKind, str] = {  # what to do about a file of somebody else's
+    "missing": "Check the path.",
+    "unreadable": "Check who may read it.",
+    "web page": "The browser saved the page about the file: download the file itself.",
+    "pointer": "`git lfs pull` fetches the file that it stands for.",
+    "header": "Take the safetensors or GGUF file of the same model.",
+}
+
+
 class Checkpoint(Value):
     """One weight file, as its header describes it.
 
@@ -137,7 +147,17 @@ def recognise(path: Path) -> Checkpoint:
     Raises ModelBroken (damaged, or no weight file) and ModelUnsupported (whole, but of no model of
     the family: the keys are unknown, or the layout of one family has the width of another).
     """
-    return describe(path, read_header(path))
+    if path.is_dir():
+        raise ModelBroken(
+            "unreadable",
+            f"{path} is a folder.",
+            "Name one safetensors or GGUF file. A whole model in a folder runs with --model.",
+        )
+    try:
+        header = read_header(path)
+    except ModelBroken as error:
+        raise ModelBroken(error.kind, error.message, HINTS.get(error.kind, GET_AGAIN)) from error
+    return describe(path, header)
 
 
 def describe(path: Path, header: Header) -> Checkpoint:
@@ -184,7 +204,7 @@ def check_whole(path: Path) -> None:
             "missing",
             f"{path} is not a whole transformer: {len(lost)} tensors are missing, the first is"
             f" {lost[0]}.",
-            "Get the file again from where it came.",
+            GET_AGAIN,
         )
 
 

@@ -112,8 +112,7 @@ class Library:
         """
         control = control or Control()
         name = self._variant_name(model, variant)
-        if not model.repo:
-            raise BadRequest(f"{model.name} comes with the program.", "It needs no download.")
+        _check_published(model)
         self._check_licence(model, accept_licence)
         folder = self.folder(model)
         with self._locked(folder):
@@ -366,9 +365,15 @@ class Library:
 
     def remove(self, model: Model, variant: str = "") -> int:
         """Delete `model`, or one variant of it; returns the bytes that became free. What another
-        model shares stays with that one. Raises ModelMissing."""
+        model shares stays with that one. Raises ModelMissing, and BadRequest for a variant that
+        is not here."""
         folder = self._existing(model)
         record = _record_or_none(folder)
+        here = self.variants(model) if record else (OWN,)
+        if variant and self._variant_name(model, variant) not in here:
+            raise BadRequest(
+                f"Of {model.name} no {variant} is here.", f"Here is: {', '.join(here) or 'none'}."
+            )
         with self._locked(folder):
             left = record and variant and self._without(record, self._variant_name(model, variant))
             if record and left:
@@ -393,9 +398,14 @@ class Library:
         return left if names or left.imported else None
 
     def pause(self, model: Model) -> None:
-        """Ask the process that downloads `model` to stop; it does within a second or so."""
+        """Ask the process that downloads `model` to stop; it does within a second or so. Raises
+        ModelMissing, and BadRequest where none does."""
         folder = self._existing(model)
-        (folder / PRIVATE).mkdir(exist_ok=True)
+        if not _is_locked(folder):
+            raise BadRequest(
+                f"No download of {model.name} is running.",
+                f"`qit models download {model.id}` starts one or goes on with it.",
+            )
         (folder / PRIVATE / "pause").touch()
 
     def import_file(self, path: Path, model: Model) -> Path:
@@ -443,6 +453,7 @@ class Library:
         settle(partial, target)
 
     def _existing(self, model: Model) -> Path:
+        _check_published(model)
         folder = self.folder(model)
         if not folder.is_dir():
             raise ModelMissing(
@@ -493,6 +504,26 @@ class Library:
             yield
         finally:
             lock.release()
+
+
+def _check_published(model: Model) -> None:
+    if not model.repo:
+        raise BadRequest(
+            f"{model.name} comes with the program.",
+            "There is nothing to download, check or delete: it is part of the installation.",
+        )
+
+
+def _is_locked(folder: Path) -> bool:
+    """Whether a process changes the model now."""
+    path = folder / PRIVATE / "lock"
+    if not path.exists():
+        return False
+    try:
+        with FileLock(path, timeout=0):
+            return False
+    except Timeout:
+        return True
 
 
 def _record_or_none(folder: Path) -> Record | None:
