@@ -83,7 +83,7 @@ class _Sibling(BaseModel):
     """Of an answer of Hugging Face's API: what is used of it."""
 
     rfilename: str
-    size: int = Field(default=-1, ge=0)
+    size: int | None = Field(default=None, ge=0)
     blob_id: str | None = Field(default=None, alias="blobId", pattern=r"^[0-9a-f]{40,64}$")
     lfs: _Lfs | None = None
 
@@ -98,8 +98,8 @@ class _ScopeFile(BaseModel):
 
     path: str = Field(alias="Path")
     type: str = Field(alias="Type")
-    size: int = Field(default=-1, alias="Size", ge=0)
-    sha256: Sha256 = Field(default="", alias="Sha256")
+    size: int | None = Field(default=None, alias="Size", ge=0)
+    sha256: Sha256 | None = Field(default=None, alias="Sha256")
 
 
 class _ScopeFiles(BaseModel):
@@ -151,7 +151,7 @@ class Hub:
         url = f"{self.endpoint}/api/v1/models/{quote(repo)}/repo/files"
         url += f"?Revision={quote(revision, safe='')}&Recursive=true"
         files = [
-            RemoteFile(safe_name(entry.path), entry.size, entry.sha256)
+            RemoteFile(safe_name(entry.path), _or_unknown(entry.size), entry.sha256 or "")
             for entry in self._answer(_ScopeRepo, url, repo).data.files
             if entry.type == "blob"
         ]
@@ -283,11 +283,15 @@ def connect(
     return Hub(endpoint, get_token() if trusted else None, source, local)
 
 
+def _or_unknown(size: int | None) -> int:
+    return -1 if size is None else size
+
+
 def _remote(sibling: _Sibling) -> RemoteFile:
     path = safe_name(sibling.rfilename)
     if sibling.lfs:
         return RemoteFile(path, sibling.lfs.size, sibling.lfs.sha256)
-    return RemoteFile(path, sibling.size, "", sibling.blob_id or "")
+    return RemoteFile(path, _or_unknown(sibling.size), "", sibling.blob_id or "")
 
 
 def safe_name(path: str) -> str:
