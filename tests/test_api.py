@@ -267,6 +267,19 @@ def test_an_end_does_not_wait_for_the_gallery(
     service.close()
 
 
+def test_a_fault_at_the_start_does_not_stop_the_queue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr("qwen_image_tool.gallery.index.Index.sync", broken)
+    with server(tmp_path) as live:
+        assert live.http.get("/startup").json()["step"] == "ready"
+        assert live.wait(live.submit("a fox"))["job"]["state"] == "done"
+    assert "a fault of ours" in caplog.text
+
+
 def test_an_idle_worker_leaves_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QIT_IDLE_SECONDS", "0.2")
     with server(tmp_path) as live:

@@ -1,7 +1,9 @@
 """The gallery's index: made from files alone, searched by words, and never wrong about the disk."""
 
+import contextlib
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -160,6 +162,18 @@ def test_strangers_and_rubbish(index: Index) -> None:
     assert (cat.model, cat.seed, cat.size) == ("x", 9, Size(9, 7))
     with pytest.raises(NotOurPicture):
         index.add(index.folder / "broken.png")
+
+
+def test_a_name_that_is_no_text_is_passed_over(
+    index: Index, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(index.folder, "kept")
+    with contextlib.suppress(OSError):  # macOS takes no such name
+        shutil.copy(save(index.folder, "other"), index.folder / "caf\udce9.png")
+        (index.folder / "d\udce9p\udcf4t").mkdir()
+    assert index.sync().added == 2
+    assert index.sync().added == 0
+    assert ("caf\\udce9.png" in caplog.text) == (sys.platform != "darwin")
 
 
 def test_delete_goes_to_the_trash(index: Index, tmp_path: Path) -> None:

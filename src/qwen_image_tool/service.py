@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -213,18 +213,20 @@ class Service:
     def _start(self) -> None:
         """Only where a job was interrupted, work waits until it is known which of its pictures
         exist."""
+        interrupted: list[Job] = []
         try:
-            interrupted = self.jobs.running()
+            with _going_on():
+                interrupted = self.jobs.running()
             if not interrupted:
                 self.supervisor.start()
-            self.index.clean()
-            self.index.sync(self._looked)
-            self._put_right(interrupted)
-            self.jobs.clear(keep=KEPT_JOBS)
+            with _going_on():
+                self.index.clean()
+                self.index.sync(self._looked)
         except Cancelled:
             return
-        except ToolError as error:
-            _log.error("The start is not complete: %s", error)
+        with _going_on():
+            self._put_right(interrupted)
+            self.jobs.clear(keep=KEPT_JOBS)
         self.supervisor.start()
         self.startup = Startup(step="ready", label="Ready", fraction=1.0)
 
@@ -263,3 +265,14 @@ class Service:
                 "Allow writing to it, or set QIT_DATA to another folder.",
             ) from error
         return lock
+
+
+@contextlib.contextmanager
+def _going_on() -> Iterator[None]:
+    """A part of the start that fails is logged, and the next one follows."""
+    try:
+        yield
+    except Cancelled:
+        raise
+    except Exception:  # noqa: BLE001
+        _log.exception("The start is not complete.")

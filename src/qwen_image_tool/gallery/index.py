@@ -214,7 +214,7 @@ class Index:
         while folders:
             with contextlib.suppress(OSError), os.scandir(folders.pop()) as entries:
                 for entry in entries:
-                    if entry.name.startswith("."):
+                    if entry.name.startswith(".") or not _is_text(entry.name):
                         continue
                     if entry.is_dir(follow_symlinks=False):
                         folders.append(Path(entry.path))
@@ -249,6 +249,16 @@ def to_trash(path: Path) -> None:
 
 def picture_id(file: str) -> str:
     return hashlib.blake2b(file.encode(), digest_size=8).hexdigest()
+
+
+def _is_text(name: str) -> bool:
+    """Old programs left names that are no UTF-8; no database or answer can hold one."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        _log.warning("%a is passed over: its name is not UTF-8. Rename it.", name)
+        return False
+    return True
 
 
 def _row(file: str, path: Path, stat: os.stat_result) -> dict[str, Any]:
