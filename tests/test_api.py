@@ -280,6 +280,19 @@ def test_a_fault_at_the_start_does_not_stop_the_queue(
     assert "a fault of ours" in caplog.text
 
 
+def test_no_picture_is_drawn_twice_when_the_index_is_full(tmp_path: Path) -> None:
+    with server(tmp_path) as live:
+        live.service.index.database._connection.execute("PRAGMA query_only = ON")
+        body = {"prompt": "a fox", "n": 2}
+        answer = live.http.post("/v1/images/generations", json=body).json()
+        assert len(answer["data"]) == 2
+        [job] = live.service.jobs.latest()
+    service = Service(App(settings(tmp_path)), command=FAKE)
+    service.index.database._connection.execute("PRAGMA query_only = ON")
+    assert service.seeds_saved(job) == set(job.request.seeds)
+    service.close()
+
+
 def test_an_idle_worker_leaves_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QIT_IDLE_SECONDS", "0.2")
     with server(tmp_path) as live:

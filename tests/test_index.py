@@ -176,6 +176,20 @@ def test_a_name_that_is_no_text_is_passed_over(
     assert ("caf\\udce9.png" in caplog.text) == (sys.platform != "darwin")
 
 
+def test_pictures_are_known_while_the_database_is_full(index: Index) -> None:
+    index.database._connection.execute("PRAGMA query_only = ON")
+    picture = index.add(save(index.folder, "one", job="j"))
+    save(index.folder, "two", seed=2, job="j")
+    save(index.folder, "stranger", seed=2, job="k")
+    index.add_by_seed("j", {2})
+    assert [found.seed for found in index.of_job("j")] == [1, 2]
+    assert index.path(picture.id).exists()
+    assert index.count() == 0
+    index.database._connection.execute("PRAGMA query_only = OFF")
+    assert [found.seed for found in index.of_job("j")] == [1, 2]
+    assert index.count() == 2
+
+
 def test_delete_goes_to_the_trash(index: Index, tmp_path: Path) -> None:
     first, second = (index.add(save(index.folder, "fox", seed=n)) for n in (1, 2))
     (index.folder / second.file).unlink()

@@ -11,7 +11,7 @@ import os
 import re
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 BATCH = 500  # files of one transaction
 LEFTOVER_SECONDS = 3600.0  # a temporary file of this age has no writer any more
 _STAMP = re.compile(r"(\d{4})(\d{2})(\d{2})-(\d{2})(\d{2})(\d{2})\b")
+_SEED = re.compile(r"-seed(\d{1,19})(?:-\d+)?\.png$")
 SAME_SECOND = 10_000  # pictures that can be told apart
 _NAMES = "number id file bytes taken width height model seed job prompt negative star"
 _COLUMNS = ", ".join(f"pictures.{name}" for name in _NAMES.split())
@@ -74,14 +75,26 @@ class Index:
         self.folder = folder
         self.database = Database(database, migrations("pictures"), durable=False)
         self._trash = trash or to_trash
+        self._late: dict[str, dict[str, Any]] = {}  # rows by id that the database did not take yet
 
     def add(self, path: Path) -> Picture:
-        """Take up a picture file that was just saved. Raises NotOurPicture."""
+        """Take up a picture file that was just saved, also where the database can't be written
+        now. Raises NotOurPicture."""
         file = path.relative_to(self.folder).as_posix()
         row = _row(file, path, path.stat())
-        with self.database.write() as write:
-            put(write, [row])
+        self._late[row["id"]] = row
+        self._take_late()
         return self.get(row["id"])
+
+    def add_by_seed(self, job: str, seeds: Collection[int]) -> None:
+        """Take up those pictures of a job that the index does not know: their files' names carry
+        the seed."""
+        for path in self.folder.glob("*-seed*.png"):
+            seed = _SEED.search(path.name)
+            if seed and int(seed[1]) in seeds and not self._knows(picture_id(path.name)):
+                with contextlib.suppress(OSError, NotOurPicture):
+                    if read_image_info(path).job == job:
+                        self.add(path)
 
     def sync(self, told: Callable[[int, int], None] | None = None) -> Changes:
         """Make the index agree with the files; `told(done, total)` is called on the way. Pictures
@@ -151,11 +164,13 @@ class Index:
 
     def of_job(self, job: str) -> list[Picture]:
         """Its pictures, in the order of their files."""
+        self._take_late()
         rows = self.database.read(
             f"SELECT {_COLUMNS} FROM pictures WHERE job = ? AND job != '' ORDER BY number",  # noqa: S608
             (job,),
         )
-        return [_picture(row) for row in rows]
+        late = [row for row in self._late.copy().values() if job and row["job"] == job]
+        return [*(_picture(row) for row in rows), *(_picture(row | {"star": 0}) for row in late)]
 
     def get(self, picture: str) -> Picture:
         """Raises Unknown."""
@@ -163,6 +178,8 @@ class Index:
             f"SELECT {_COLUMNS} FROM pictures WHERE id = ?",  # noqa: S608
             (picture,),
         )
+        if not rows and (late := self._late.get(picture)):
+            return _picture(late | {"star": 0})
         if not rows:
             raise Unknown(f"There is no picture {picture!r}.", "It may have been deleted.")
         return _picture(rows[0])
@@ -229,7 +246,26 @@ class Index:
             _log.info("%s is passed over: %s", file, error)
             return []
 
+    def _take_late(self) -> None:
+        late = self._late.copy()
+        if not late:
+            return
+        try:
+            with self.database.write() as write:
+                put(write, list(late.values()))
+        except ToolError as error:
+            _log.warning("%d pictures are not in the index yet: %s", len(late), error)
+        else:
+            for picture in late:
+                self._late.pop(picture, None)
+
+    def _knows(self, picture: str) -> bool:
+        known = self.database.read("SELECT 1 FROM pictures WHERE id = ?", (picture,))
+        return picture in self._late or bool(known)
+
     def _forget(self, gone: Sequence[str]) -> None:
+        for file in gone:
+            self._late.pop(picture_id(file), None)
         if gone:
             with self.database.write() as write:
                 write.executemany("DELETE FROM pictures WHERE file = ?", [(file,) for file in gone])
@@ -340,7 +376,7 @@ def _cursor(after: str) -> int:
     return int(after)
 
 
-def _picture(row: sqlite3.Row) -> Picture:
+def _picture(row: sqlite3.Row | dict[str, Any]) -> Picture:
     return Picture(
         id=row["id"],
         file=row["file"],
