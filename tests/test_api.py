@@ -178,6 +178,30 @@ def test_the_gallery(live: Live) -> None:
     assert (live.service.index.folder.parent / "trash" / picture["file"]).exists()
 
 
+@pytest.mark.parametrize(
+    "odd", ["a\0b", "\0", "\u00b2" * 20, "9" * 39, "\ufffe", '%ff"*(', "\u0661"]
+)
+def test_no_text_of_a_client_breaks_the_databases(live: Live, odd: str) -> None:
+    from urllib.parse import quote
+
+    for name in ("text", "model", "since", "until", "after"):
+        found = live.http.get("/api/gallery", params={name: odd})
+        assert found.status_code in (200, 400), (name, found.text)
+    assert live.http.get("/api/gallery", params={"text": odd}).is_error == ("\0" in odd)
+    paths = (f"gallery/{quote(odd)}", f"gallery/{quote(odd)}/file", f"jobs/{quote(odd)}")
+    for path in paths:
+        assert live.http.get(f"/api/{path}").status_code in (404, 422)
+    assert live.http.post("/api/gallery/delete", json={"ids": [odd]}).is_client_error
+    [picture] = live.wait(live.submit(f"odd {odd}", negative_prompt=odd))["pictures"]
+    assert picture["seed"] == 5
+    lone = live.http.post(
+        "/api/gallery/delete",
+        content=b'{"ids": ["\\ud800"]}',
+        headers={"content-type": "application/json"},
+    )
+    assert lone.is_client_error
+
+
 def test_a_picture_deleted_by_hand_is_no_broken_page(live: Live) -> None:
     [picture] = live.wait(live.submit("soon gone"))["pictures"]
     (live.service.index.folder / picture["file"]).unlink()

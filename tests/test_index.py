@@ -72,8 +72,11 @@ def test_words_are_found_in_every_language(index: Index) -> None:
     assert prompts(index, "red a") == ["a red fox"]
     assert prompts(index, '"off",') == ['50% "off", it\'s a fox-trot']
     assert prompts(index, "50%") == ['50% "off", it\'s a fox-trot']
-    for odd in ('"', "*", "NEAR(", "a AND", "prompt:fox", "-", "''", "\0", "%", "_"):
+    for odd in ('"', "*", "NEAR(", "a AND", "prompt:fox", "-", "''", "%", "_"):
         index.search(odd)
+    for odd in ("\0", "a\0b", "fox\0 snow"):
+        with pytest.raises(BadRequest, match="NUL"):
+            index.search(odd)
     assert prompts(index, "unicorn") == []
 
 

@@ -133,7 +133,8 @@ class Index:
         after: str | None = None,
     ) -> Page:
         """Pictures whose prompt, negative prompt or model hold every word of `text` (parts of words
-        count), the newest first. `since`, `until`: ISO times. `after`: the last page's `next`."""
+        count), the newest first. `since`, `until`: ISO times. `after`: the last page's `next`.
+        Raises BadRequest where a value can't be searched for."""
         tables, conditions, values = _query(text, model, starred)
         for bound, moment in ((">=", since), ("<", until)):
             if moment:
@@ -346,6 +347,8 @@ def _query(text: str, model: str, starred: bool) -> tuple[str, list[str], list[A
     """Tables, conditions and their values."""
     conditions: list[str] = []
     values: list[Any] = []
+    if "\0" in text:
+        raise BadRequest("No picture's words hold the character NUL.", "Search without it.")
     words = text.split()
     long = [word for word in words if len(word) >= 3]  # the index is of three letters each
     if long:
