@@ -130,7 +130,7 @@ def serve(
         app: FastAPI = build(service, access)
         gate = Gate(app, access, [f"{name}:{number}" for name in names], number)
         app.state.gate = gate
-        url = f"http://{names[-1] if lan else '127.0.0.1'}:{number}"
+        url = f"http://{shown(host, lan)}:{number}"
         where = Running(url=url, port=number, token=token, pid=os.getpid())
         with _announced(service, where):
             asyncio.run(_listen(gate, bound, lambda: ready(where), stopper or Stopper(), guarded))
@@ -155,6 +155,15 @@ def bind(host: str, port: int | None, service: Service) -> socket.socket:
                 service.remember(port=bound.getsockname()[1])
             return bound
     raise BadRequest("No port is free.", "Choose one with --port.")
+
+
+def shown(host: str, lan: bool) -> str:
+    """The name of this computer in a URL that leads to a server on `host`."""
+    if lan and host in ("127.0.0.1", "0.0.0.0", "::"):  # noqa: S104
+        return own_addresses()[-1]
+    if host == "localhost":
+        return "127.0.0.1"
+    return f"[{host}]" if ":" in host else host
 
 
 def own_addresses() -> list[str]:
@@ -182,6 +191,7 @@ def _bind(host: str, port: int) -> socket.socket:
         else:  # on Windows that option would let two programs share the port
             bound.setsockopt(socket.SOL_SOCKET, getattr(socket, "SO_EXCLUSIVEADDRUSE"), 1)  # noqa: B009
         bound.bind((host, port))
+        bound.listen()  # at once: on POSIX two sockets that don't listen yet can share a port
     except BaseException:
         bound.close()
         raise
