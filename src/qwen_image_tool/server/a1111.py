@@ -118,7 +118,7 @@ async def text_to_image(
 ) -> Response | dict[str, Any]:
     """Make pictures. The job is cancelled when the client hangs up."""
     job = await asyncio.to_thread(_submit, service, body)
-    async with cancelled_with(service, job):
+    async with cancelled_with(service, hub, job):
         ended = await unless_gone(http, hub, job)
         if ended is None:
             return Response(status_code=499)

@@ -18,6 +18,7 @@ from qwen_image_tool.errors import (
     Unknown,
 )
 from qwen_image_tool.server.gate import TooManyTries
+from qwen_image_tool.server.hub import Ending
 from qwen_image_tool.types import Failure
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ STATUS: tuple[tuple[type[ToolError], int], ...] = (
     (OutputNotWritable, 507),
     (DiskFull, 507),
     (TooManyTries, 429),
+    (Ending, 503),
     (BadRequest, 400),
     (ToolError, 500),
 )

@@ -57,7 +57,7 @@ def tools(service: Service, hub: Hub) -> "MCPServer[Any]":
                 service, prompt, model, negative_prompt, size, steps, cfg, seed, images
             )
             job = await asyncio.to_thread(service.submit, request, "mcp")
-            async with cancelled_with(service, job):
+            async with cancelled_with(service, hub, job):
                 async for news in hub.job(job.id):
                     if isinstance(news, EventNews):
                         await context.report_progress(news.progress.fraction, 1.0)

@@ -27,7 +27,7 @@ from qwen_image_tool.gallery.index import Picture
 from qwen_image_tool.jobs import Job
 from qwen_image_tool.server.answers import NotSupported, NotYet, openai_error
 from qwen_image_tool.server.api import Here, News_
-from qwen_image_tool.server.hub import Hub
+from qwen_image_tool.server.hub import Ending, Hub
 from qwen_image_tool.service import Service
 from qwen_image_tool.types import Failure, Preview, Request, Size
 
@@ -112,7 +112,7 @@ async def generations(
     if body.stream:
         events = _stream(service, hub, body, job)
         return StreamingResponse(_sse(events), media_type="text/event-stream")
-    async with cancelled_with(service, job):
+    async with cancelled_with(service, hub, job):
         ended = await unless_gone(http, hub, job)
         if ended is None:
             return Response(status_code=499)
@@ -170,13 +170,14 @@ def _size(text: str | None) -> Size | None:
 
 
 @contextlib.asynccontextmanager
-async def cancelled_with(service: Service, job: Job) -> AsyncIterator[None]:
-    """The job ends with its client, however that ends."""
+async def cancelled_with(service: Service, hub: Hub, job: Job) -> AsyncIterator[None]:
+    """The job ends with its client, however that ends; where the server ends, it is kept."""
     try:
         yield
     finally:
-        with contextlib.suppress(BadRequest):
-            service.cancel(job.id)
+        if not hub.closed:
+            with contextlib.suppress(BadRequest):
+                service.cancel(job.id)
 
 
 async def unless_gone(http: HttpRequest, hub: Hub, job: Job) -> Job | None:
@@ -192,6 +193,9 @@ async def unless_gone(http: HttpRequest, hub: Hub, job: Job) -> Job | None:
 
 
 def raise_failure(job: Job) -> None:
+    """Raises where it is not done: its news ended before it, it was cancelled, or it failed."""
+    if not job.has_ended:
+        raise Ending
     if job.state == "cancelled":
         raise NotSupported("The job was cancelled.", code="cancelled")
     if job.failure:
@@ -241,7 +245,7 @@ async def _stream(
     """Partial pictures as they become clear, then every picture. Fewer partial ones than asked for
     where steps or previews are few."""
     wanted, sent = body.partial_images or 0, 0
-    async with cancelled_with(service, job):
+    async with cancelled_with(service, hub, job):
         async for news in hub.job(job.id):
             if isinstance(news, EventNews) and isinstance(news.event, Preview):
                 due = news.event.step * (wanted + 1) >= (sent + 1) * (job.request.steps or 1)

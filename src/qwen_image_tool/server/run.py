@@ -133,7 +133,15 @@ def serve(
         url = f"http://{shown(host, lan)}:{number}"
         where = Running(url=url, port=number, token=token, pid=os.getpid())
         with _announced(service, where):
-            asyncio.run(_listen(gate, bound, lambda: ready(where), stopper or Stopper(), guarded))
+            work = _listen(
+                gate,
+                bound,
+                lambda: ready(where),
+                lambda: app.state.hub.close(),  # noqa: PLW0108 - it is made when the app starts
+                stopper or Stopper(),
+                guarded,
+            )
+            asyncio.run(work)
 
 
 def bind(host: str, port: int | None, service: Service) -> socket.socket:
@@ -199,7 +207,16 @@ def _bind(host: str, port: int) -> socket.socket:
 
 
 class _Server(uvicorn.Server):
-    """Signals are ours: uvicorn would raise them again before the service has ended in order."""
+    """Signals are ours: uvicorn would raise them again before the service has ended in order.
+    `leave` ends what clients wait for, so that they are answered and none is torn off."""
+
+    def __init__(self, config: uvicorn.Config, leave: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._leave = leave
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._leave()
+        await super().shutdown(sockets)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -218,6 +235,7 @@ async def _listen(
     app: ASGIApp,
     bound: socket.socket,
     ready: Callable[[], None],
+    leave: Callable[[], None],
     stopper: Stopper,
     guarded: bool,
 ) -> None:
@@ -230,7 +248,7 @@ async def _listen(
         lifespan="on",
         timeout_graceful_shutdown=LEAVE_SECONDS,
     )
-    server = _Server(config)
+    server = _Server(config, leave)
     stopper.server = server
     if guarded:
         threading.Thread(target=_end_with_stdin, args=(stopper,), daemon=True).start()
