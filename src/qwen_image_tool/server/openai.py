@@ -25,7 +25,7 @@ from qwen_image_tool.feed import EventNews, JobNews
 from qwen_image_tool.gallery.export import Format, encode, export, on_white
 from qwen_image_tool.gallery.index import Picture
 from qwen_image_tool.jobs import Job
-from qwen_image_tool.server.answers import NotSupported, NotYet, openai_error
+from qwen_image_tool.server.answers import NoModel, NotSupported, NotYet, openai_error
 from qwen_image_tool.server.api import Here, News_
 from qwen_image_tool.server.hub import Ending, Hub
 from qwen_image_tool.service import Service
@@ -142,7 +142,7 @@ def models(service: Here) -> dict[str, Any]:
 
 @openai.get("/models/{model}")
 def model(model: str, service: Here) -> dict[str, Any]:
-    return _model(find(service, model))
+    return _model(_named(service, model))
 
 
 def find(service: Service, name: str | None) -> Model:
@@ -152,12 +152,20 @@ def find(service: Service, name: str | None) -> Model:
     return service.app.catalog.find(name)
 
 
+def _named(service: Service, name: str | None) -> Model:
+    """Raises NoModel, in OpenAI's words."""
+    try:
+        return find(service, name)
+    except BadRequest as error:
+        raise NoModel(error.message, error.hint) from error
+
+
 def draws_transparency(model: Model) -> bool:
     return model.family == "qwen-image-2.1"
 
 
 def _submit(service: Service, body: Generation) -> Job:
-    return service.submit(body.request(find(service, body.model)), "openai")
+    return service.submit(body.request(_named(service, body.model)), "openai")
 
 
 def _size(text: str | None) -> Size | None:
