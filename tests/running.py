@@ -42,10 +42,12 @@ class Trash:
 
 
 class Live:
-    """`http`: a client that has the token; `service`: what is behind."""
+    """`http`: a client that has the token; `service`: what is behind; `stopper` ends it."""
 
-    def __init__(self, service: Service, where: run.Running, http: httpx2.Client) -> None:
-        self.service, self.where, self.http = service, where, http
+    def __init__(
+        self, service: Service, where: run.Running, http: httpx2.Client, stopper: run.Stopper
+    ) -> None:
+        self.service, self.where, self.http, self.stopper = service, where, http, stopper
         self.url = where.url
 
     def wait(self, job: str, seconds: float = 60) -> dict[str, Any]:
@@ -92,7 +94,7 @@ def server(folder: Path, lan: bool = False, **options: Any) -> Iterator[Live]:
         assert up.wait(60)
         assert found
         with httpx2.Client(base_url=found[0].url, headers=BEARER, timeout=60) as http:
-            live = Live(service, found[0], http)
+            live = Live(service, found[0], http, stopper)
             wait(lambda: service.startup.step == "ready")
             yield live
     finally:

@@ -41,6 +41,8 @@ def test_silly_tavern(live: Live) -> None:
     progress = live.http.get("/sdapi/v1/progress").json()
     assert (progress["progress"], progress["state"]["job_count"]) == (0, 0)
     body = FIXED | {
+        "url": live.url,
+        "auth": f"user:{TOKEN}",
         "negative_prompt": "blurry",
         "sampler_name": "Euler",
         "scheduler": "simple",
@@ -49,8 +51,12 @@ def test_silly_tavern(live: Live) -> None:
         "seed": -1,
         "enable_hr": False,
         "restore_faces": False,
+        "hr_upscaler": "Latent",
+        "hr_scale": 1,
+        "hr_additional_modules": [],
+        "hr_second_pass_steps": 0,
         "denoising_strength": 0.7,
-        "override_settings": {},
+        "override_settings": {"CLIP_stop_at_last_layers": 1},
         "override_settings_restore_afterwards": True,
         "clip_skip": 1,
         "save_images": True,
@@ -98,6 +104,8 @@ def test_libre_chat(live: Live) -> None:
         ({"width": 5}, 400),
         ({"steps": 0}, 422),
         ({"override_settings": {"sd_vae": "x"}}, 400),
+        ({"override_settings": {"CLIP_stop_at_last_layers": 2}}, 400),
+        ({"override_settings": {"unheard_of": None}}, 400),
         ({"override_settings": {"sd_model_checkpoint": "unicorn"}}, 400),
         ({"override_settings": {"sd_model_checkpoint": "practice [abc]"}}, 200),
         ({"subseed_strength": 0.4}, 400),

@@ -178,6 +178,30 @@ def test_the_gallery(live: Live) -> None:
     assert (live.service.index.folder.parent / "trash" / picture["file"]).exists()
 
 
+@pytest.mark.parametrize(
+    "odd", ["a\0b", "\0", "\u00b2" * 20, "9" * 39, "\ufffe", '%ff"*(', "\u0661"]
+)
+def test_no_text_of_a_client_breaks_the_databases(live: Live, odd: str) -> None:
+    from urllib.parse import quote
+
+    for name in ("text", "model", "since", "until", "after"):
+        found = live.http.get("/api/gallery", params={name: odd})
+        assert found.status_code in (200, 400), (name, found.text)
+    assert live.http.get("/api/gallery", params={"text": odd}).is_error == ("\0" in odd)
+    paths = (f"gallery/{quote(odd)}", f"gallery/{quote(odd)}/file", f"jobs/{quote(odd)}")
+    for path in paths:
+        assert live.http.get(f"/api/{path}").status_code in (404, 422)
+    assert live.http.post("/api/gallery/delete", json={"ids": [odd]}).is_client_error
+    [picture] = live.wait(live.submit(f"odd {odd}", negative_prompt=odd))["pictures"]
+    assert picture["seed"] == 5
+    lone = live.http.post(
+        "/api/gallery/delete",
+        content=b'{"ids": ["\\ud800"]}',
+        headers={"content-type": "application/json"},
+    )
+    assert lone.is_client_error
+
+
 def test_a_picture_deleted_by_hand_is_no_broken_page(live: Live) -> None:
     [picture] = live.wait(live.submit("soon gone"))["pictures"]
     (live.service.index.folder / picture["file"]).unlink()
@@ -264,6 +288,32 @@ def test_an_end_does_not_wait_for_the_gallery(
     service._start()
     assert service.index.count() == 0
     assert service.startup.step == "gallery"
+    service.close()
+
+
+def test_a_fault_at_the_start_does_not_stop_the_queue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr("qwen_image_tool.gallery.index.Index.sync", broken)
+    with server(tmp_path) as live:
+        assert live.http.get("/startup").json()["step"] == "ready"
+        assert live.wait(live.submit("a fox"))["job"]["state"] == "done"
+    assert "a fault of ours" in caplog.text
+
+
+def test_no_picture_is_drawn_twice_when_the_index_is_full(tmp_path: Path) -> None:
+    with server(tmp_path) as live:
+        live.service.index.database._connection.execute("PRAGMA query_only = ON")
+        body = {"prompt": "a fox", "n": 2}
+        answer = live.http.post("/v1/images/generations", json=body).json()
+        assert len(answer["data"]) == 2
+        [job] = live.service.jobs.latest()
+    service = Service(App(settings(tmp_path)), command=FAKE)
+    service.index.database._connection.execute("PRAGMA query_only = ON")
+    assert service.seeds_saved(job) == set(job.request.seeds)
     service.close()
 
 

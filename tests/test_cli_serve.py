@@ -96,6 +96,23 @@ def test_ports(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
         serving.bind("203.0.113.1", None, live.service)
 
 
+def test_two_that_start_at_once_get_two_ports(live: Live) -> None:
+    with serving.bind("127.0.0.1", None, live.service) as first:
+        taken = first.getsockname()[1]
+        with pytest.raises(BadRequest, match="can't be used"):
+            serving.bind("127.0.0.1", taken, live.service)
+        with serving.bind("127.0.0.1", None, live.service) as second:
+            assert second.getsockname()[1] != taken
+
+
+def test_the_address_that_is_shown_leads_to_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "own_addresses", lambda: ["desk", "192.168.1.2"])
+    alone = [serving.shown(host, lan=False) for host in ("127.0.0.1", "localhost", "::1")]
+    assert alone == ["127.0.0.1", "127.0.0.1", "[::1]"]
+    network = [serving.shown(host, lan=True) for host in ("127.0.0.1", "0.0.0.0", "::", "::1")]
+    assert network == ["192.168.1.2", "192.168.1.2", "192.168.1.2", "[::1]"]
+
+
 def test_addresses_of_this_computer(monkeypatch: pytest.MonkeyPatch) -> None:
     def address(family: int, text: str) -> SimpleNamespace:
         return SimpleNamespace(family=family, address=text)

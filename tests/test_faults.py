@@ -7,6 +7,7 @@ import random
 import signal
 import sqlite3
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import psutil
 import pytest
 
 from qwen_image_tool import gallery
+from qwen_image_tool.jobs import Jobs
 from qwen_image_tool.types import Request
 from running import SMALL, Live, process, server, wait
 
@@ -106,6 +108,45 @@ def test_sigterm_puts_the_job_back_and_leaves_nothing_running(tmp_path: Path) ->
         view = running.http.get(f"/api/jobs/{job}").json()
         assert view["job"]["again"] == 0
         running.http.post(f"/api/jobs/{job}/cancel")
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/images/generations", {}),
+        ("/v1/images/generations", {"stream": True}),
+        ("/sdapi/v1/txt2img", {"width": 256, "height": 256}),
+    ],
+    ids=["openai", "stream", "a1111"],
+)
+def test_an_end_keeps_the_jobs_of_clients_that_wait(
+    tmp_path: Path, path: str, body: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    answers: list[httpx2.Response] = []
+
+    def ask(http: httpx2.Client) -> None:
+        answers.append(http.post(path, json={"prompt": "slow", "steps": 900, **body}))
+
+    with server(tmp_path) as live:
+        client = threading.Thread(target=ask, args=(live.http,))
+        client.start()
+        wait(lambda: live.service.queue().running is not None)
+        job = live.service.queue().running
+        live.stopper.stop()
+        client.join(60)
+    [answer] = answers
+    assert "is being ended" in answer.text
+    if body.get("stream"):
+        assert "event: error" in answer.text
+        assert "image_generation.completed" not in answer.text
+    else:
+        assert answer.status_code == 503
+    if path.startswith("/v1"):
+        assert '"server_ending"' in answer.text
+    assert "Traceback" not in caplog.text
+    jobs = Jobs(tmp_path / "data" / "jobs.db")
+    assert [(waits.id, waits.again) for waits in jobs.waiting()] == [(job, 0)]
+    jobs.close()
 
 
 def test_the_server_ends_with_the_stdin_of_who_started_it(tmp_path: Path) -> None:

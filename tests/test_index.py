@@ -1,7 +1,9 @@
 """The gallery's index: made from files alone, searched by words, and never wrong about the disk."""
 
+import contextlib
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,8 +72,11 @@ def test_words_are_found_in_every_language(index: Index) -> None:
     assert prompts(index, "red a") == ["a red fox"]
     assert prompts(index, '"off",') == ['50% "off", it\'s a fox-trot']
     assert prompts(index, "50%") == ['50% "off", it\'s a fox-trot']
-    for odd in ('"', "*", "NEAR(", "a AND", "prompt:fox", "-", "''", "\0", "%", "_"):
+    for odd in ('"', "*", "NEAR(", "a AND", "prompt:fox", "-", "''", "%", "_"):
         index.search(odd)
+    for odd in ("\0", "a\0b", "fox\0 snow"):
+        with pytest.raises(BadRequest, match="NUL"):
+            index.search(odd)
     assert prompts(index, "unicorn") == []
 
 
@@ -160,6 +165,32 @@ def test_strangers_and_rubbish(index: Index) -> None:
     assert (cat.model, cat.seed, cat.size) == ("x", 9, Size(9, 7))
     with pytest.raises(NotOurPicture):
         index.add(index.folder / "broken.png")
+
+
+def test_a_name_that_is_no_text_is_passed_over(
+    index: Index, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(index.folder, "kept")
+    with contextlib.suppress(OSError):  # macOS takes no such name
+        shutil.copy(save(index.folder, "other"), index.folder / "caf\udce9.png")
+        (index.folder / "d\udce9p\udcf4t").mkdir()
+    assert index.sync().added == 2
+    assert index.sync().added == 0
+    assert ("caf\\udce9.png" in caplog.text) == (sys.platform != "darwin")
+
+
+def test_pictures_are_known_while_the_database_is_full(index: Index) -> None:
+    index.database._connection.execute("PRAGMA query_only = ON")
+    picture = index.add(save(index.folder, "one", job="j"))
+    save(index.folder, "two", seed=2, job="j")
+    save(index.folder, "stranger", seed=2, job="k")
+    index.add_by_seed("j", {2})
+    assert [found.seed for found in index.of_job("j")] == [1, 2]
+    assert index.path(picture.id).exists()
+    assert index.count() == 0
+    index.database._connection.execute("PRAGMA query_only = OFF")
+    assert [found.seed for found in index.of_job("j")] == [1, 2]
+    assert index.count() == 2
 
 
 def test_delete_goes_to_the_trash(index: Index, tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from mcp.client.stdio import StdioServerParameters, stdio_client
 from mcp.client.streamable_http import streamable_http_client
 from PIL import Image
 
-from running import BEARER, FAKE, SMALL, TOKEN, Live, process, server
+from qwen_image_tool import __version__
+from running import BEARER, FAKE, SMALL, TOKEN, Live, process, server, wait
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +111,35 @@ def test_plan(live: Live) -> None:
     found = over_http(live, call).structured_content
     assert found["request"]["steps"] == 7
     assert found["ram_bytes"] > 0
+
+
+def test_who_answers(live: Live) -> None:
+    async def who(client: Client) -> Any:
+        return client.server_info
+
+    found = over_http(live, who)
+    assert (found.name, found.version) == ("QwenImageTool", __version__)
+
+
+@pytest.mark.parametrize("by", ["the client", "another one"])
+def test_a_cancel_is_no_fault(live: Live, caplog: pytest.LogCaptureFixture, by: str) -> None:
+    async def cancelled(client: Client) -> Any:
+        slow = {"prompt": "slow", "steps": 900, "size": SMALL}
+        call = asyncio.create_task(client.call_tool("generate", slow))
+        while (job := live.service.queue().running) is None:
+            await asyncio.sleep(0.02)
+        if by == "the client":
+            call.cancel()
+        else:
+            live.service.cancel(job)
+        return (await asyncio.gather(call, return_exceptions=True))[0]
+
+    answer = over_http(live, cancelled)
+    wait(lambda: live.service.queue().running is None)
+    assert live.service.jobs.latest()[0].state == "cancelled"
+    if by == "another one":
+        assert "was cancelled" in answer.content[0].text
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 def test_it_is_behind_the_gate(live: Live) -> None:

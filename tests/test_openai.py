@@ -130,7 +130,6 @@ def test_a_failure_in_a_stream_is_its_last_event(live: Live) -> None:
 @pytest.mark.parametrize(
     ("fields", "code", "param"),
     [
-        ({"model": "gpt-5"}, "request", None),
         ({"prompt": ""}, "request", None),
         ({"size": "10x10"}, "unsupported_size", None),
         ({"size": "large"}, "invalid_value", "size"),
@@ -171,8 +170,49 @@ def test_editing_is_clearly_not_there(client: openai.OpenAI) -> None:
 def test_models(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["practice"]
     assert client.models.retrieve("practice").owned_by == "qwen-image-tool"
-    with pytest.raises(openai.APIStatusError):
+    with pytest.raises(openai.NotFoundError) as caught:
         client.models.retrieve("gpt-5")
+    assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.images.generate(prompt="a fox", model="gpt-5")
+    assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "sent", "status", "code"),
+    [
+        ("GET", "/v1/nothing", {}, 404, "not_found"),
+        ("GET", "/v1/images/generations", {}, 405, "method_not_allowed"),
+        ("POST", "/v1/images/generations", {"content": b"{"}, 400, "invalid_json"),
+        ("POST", "/v1/images/generations", {"json": []}, 400, "invalid_value"),
+        ("GET", "/v1/models", {"headers": {"authorization": "x"}}, 401, "invalid_api_key"),
+        ("GET", "/v1/models", {"headers": {"host": "evil"}}, 421, "wrong_host"),
+        ("POST", "/v1/models", {"headers": {"origin": "http://evil"}}, 403, "wrong_origin"),
+        ("POST", "/v1/models", {"content": bytes(2 << 20)}, 413, "request_too_large"),
+    ],
+)
+def test_every_error_has_the_same_shape(
+    live: Live, method: str, path: str, sent: dict[str, Any], status: int, code: str
+) -> None:
+    headers = {"content-type": "application/json"} | sent.pop("headers", {})
+    answer = live.http.request(method, path, headers=headers, **sent)
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert (error["type"], error["param"]) == ("invalid_request_error", None)
+    assert error["code"] == code
+    assert status != 405 or answer.headers["allow"] == "POST"
+
+
+def test_a_fault_of_ours_has_that_shape_too(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(live.service, "models_here", broken)
+    answer = live.http.get("/v1/models")
+    assert answer.status_code == 500
+    assert answer.json()["error"]["type"] == "server_error"
+    assert "a fault" not in answer.text
 
 
 @pytest.mark.parametrize("stream", [False, True])

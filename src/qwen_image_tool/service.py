@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -187,8 +187,8 @@ class Service:
     def saved(self, job: Job, path: Path) -> None:
         try:
             picture = self.index.add(path)
-        except ToolError as error:  # the file is there: the next look at the folder finds it
-            _log.warning("%s is not in the gallery yet: %s", path, error)
+        except (OSError, ToolError) as error:  # moved away already, or damaged
+            _log.warning("%s is not in the gallery: %s", path, error)
         else:
             self.feed.publish(PictureNews(job=job.id, picture=picture))
 
@@ -196,13 +196,19 @@ class Service:
         self.feed.publish(QueueNews(queue=self.queue()))
 
     def seeds_saved(self, job: Job) -> set[int]:
-        return {picture.seed for picture in self.index.of_job(job.id) if picture.seed is not None}
+        """Asks the files too: the index may not have been written."""
+        if missing := set(job.request.seeds) - self._seeds_known(job):
+            self.index.add_by_seed(job.id, missing)
+        return self._seeds_known(job)
 
     def pictures(self, job: Job) -> list[Picture]:
         """The job's pictures, in the order of its seeds."""
         order = {seed: place for place, seed in enumerate(job.request.seeds)}
         found = self.index.of_job(job.id)
         return sorted(found, key=lambda picture: order.get(picture.seed or 0, len(order)))
+
+    def _seeds_known(self, job: Job) -> set[int]:
+        return {picture.seed for picture in self.index.of_job(job.id) if picture.seed is not None}
 
     def _queued(self, job: Job) -> Job:
         self.feed.publish(JobNews(job=job))
@@ -213,18 +219,20 @@ class Service:
     def _start(self) -> None:
         """Only where a job was interrupted, work waits until it is known which of its pictures
         exist."""
+        interrupted: list[Job] = []
         try:
-            interrupted = self.jobs.running()
+            with _going_on():
+                interrupted = self.jobs.running()
             if not interrupted:
                 self.supervisor.start()
-            self.index.clean()
-            self.index.sync(self._looked)
-            self._put_right(interrupted)
-            self.jobs.clear(keep=KEPT_JOBS)
+            with _going_on():
+                self.index.clean()
+                self.index.sync(self._looked)
         except Cancelled:
             return
-        except ToolError as error:
-            _log.error("The start is not complete: %s", error)
+        with _going_on():
+            self._put_right(interrupted)
+            self.jobs.clear(keep=KEPT_JOBS)
         self.supervisor.start()
         self.startup = Startup(step="ready", label="Ready", fraction=1.0)
 
@@ -263,3 +271,14 @@ class Service:
                 "Allow writing to it, or set QIT_DATA to another folder.",
             ) from error
         return lock
+
+
+@contextlib.contextmanager
+def _going_on() -> Iterator[None]:
+    """A part of the start that fails is logged, and the next one follows."""
+    try:
+        yield
+    except Cancelled:
+        raise
+    except Exception:  # noqa: BLE001
+        _log.exception("The start is not complete.")

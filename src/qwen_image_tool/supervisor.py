@@ -241,7 +241,8 @@ class Supervisor:
     def _outcome(self, current: _Current) -> Callable[[], Job]:
         """Run the job; returns how to write down what came of it."""
         job = current.job
-        missing = [seed for seed in job.request.seeds if seed not in self._host.seeds_saved(job)]
+        saved = self._host.seeds_saved(job)
+        missing = [seed for seed in job.request.seeds if seed not in saved]
         if not missing:  # it was interrupted after its last picture
             return lambda: self._jobs.done(job.id, {})
         try:

@@ -11,7 +11,7 @@ import os
 import re
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 BATCH = 500  # files of one transaction
 LEFTOVER_SECONDS = 3600.0  # a temporary file of this age has no writer any more
 _STAMP = re.compile(r"(\d{4})(\d{2})(\d{2})-(\d{2})(\d{2})(\d{2})\b")
+_SEED = re.compile(r"-seed(\d{1,19})(?:-\d+)?\.png$")
 SAME_SECOND = 10_000  # pictures that can be told apart
 _NAMES = "number id file bytes taken width height model seed job prompt negative star"
 _COLUMNS = ", ".join(f"pictures.{name}" for name in _NAMES.split())
@@ -74,14 +75,26 @@ class Index:
         self.folder = folder
         self.database = Database(database, migrations("pictures"), durable=False)
         self._trash = trash or to_trash
+        self._late: dict[str, dict[str, Any]] = {}  # rows by id that the database did not take yet
 
     def add(self, path: Path) -> Picture:
-        """Take up a picture file that was just saved. Raises NotOurPicture."""
+        """Take up a picture file that was just saved, also where the database can't be written
+        now. Raises NotOurPicture."""
         file = path.relative_to(self.folder).as_posix()
         row = _row(file, path, path.stat())
-        with self.database.write() as write:
-            put(write, [row])
+        self._late[row["id"]] = row
+        self._take_late()
         return self.get(row["id"])
+
+    def add_by_seed(self, job: str, seeds: Collection[int]) -> None:
+        """Take up those pictures of a job that the index does not know: their files' names carry
+        the seed."""
+        for path in self.folder.glob("*-seed*.png"):
+            seed = _SEED.search(path.name)
+            if seed and int(seed[1]) in seeds and not self._knows(picture_id(path.name)):
+                with contextlib.suppress(OSError, NotOurPicture):
+                    if read_image_info(path).job == job:
+                        self.add(path)
 
     def sync(self, told: Callable[[int, int], None] | None = None) -> Changes:
         """Make the index agree with the files; `told(done, total)` is called on the way. Pictures
@@ -120,7 +133,8 @@ class Index:
         after: str | None = None,
     ) -> Page:
         """Pictures whose prompt, negative prompt or model hold every word of `text` (parts of words
-        count), the newest first. `since`, `until`: ISO times. `after`: the last page's `next`."""
+        count), the newest first. `since`, `until`: ISO times. `after`: the last page's `next`.
+        Raises BadRequest where a value can't be searched for."""
         tables, conditions, values = _query(text, model, starred)
         for bound, moment in ((">=", since), ("<", until)):
             if moment:
@@ -151,11 +165,13 @@ class Index:
 
     def of_job(self, job: str) -> list[Picture]:
         """Its pictures, in the order of their files."""
+        self._take_late()
         rows = self.database.read(
             f"SELECT {_COLUMNS} FROM pictures WHERE job = ? AND job != '' ORDER BY number",  # noqa: S608
             (job,),
         )
-        return [_picture(row) for row in rows]
+        late = [row for row in self._late.copy().values() if job and row["job"] == job]
+        return [*(_picture(row) for row in rows), *(_picture(row | {"star": 0}) for row in late)]
 
     def get(self, picture: str) -> Picture:
         """Raises Unknown."""
@@ -163,6 +179,8 @@ class Index:
             f"SELECT {_COLUMNS} FROM pictures WHERE id = ?",  # noqa: S608
             (picture,),
         )
+        if not rows and (late := self._late.get(picture)):
+            return _picture(late | {"star": 0})
         if not rows:
             raise Unknown(f"There is no picture {picture!r}.", "It may have been deleted.")
         return _picture(rows[0])
@@ -214,7 +232,7 @@ class Index:
         while folders:
             with contextlib.suppress(OSError), os.scandir(folders.pop()) as entries:
                 for entry in entries:
-                    if entry.name.startswith("."):
+                    if entry.name.startswith(".") or not _is_text(entry.name):
                         continue
                     if entry.is_dir(follow_symlinks=False):
                         folders.append(Path(entry.path))
@@ -229,7 +247,26 @@ class Index:
             _log.info("%s is passed over: %s", file, error)
             return []
 
+    def _take_late(self) -> None:
+        late = self._late.copy()
+        if not late:
+            return
+        try:
+            with self.database.write() as write:
+                put(write, list(late.values()))
+        except ToolError as error:
+            _log.warning("%d pictures are not in the index yet: %s", len(late), error)
+        else:
+            for picture in late:
+                self._late.pop(picture, None)
+
+    def _knows(self, picture: str) -> bool:
+        known = self.database.read("SELECT 1 FROM pictures WHERE id = ?", (picture,))
+        return picture in self._late or bool(known)
+
     def _forget(self, gone: Sequence[str]) -> None:
+        for file in gone:
+            self._late.pop(picture_id(file), None)
         if gone:
             with self.database.write() as write:
                 write.executemany("DELETE FROM pictures WHERE file = ?", [(file,) for file in gone])
@@ -249,6 +286,16 @@ def to_trash(path: Path) -> None:
 
 def picture_id(file: str) -> str:
     return hashlib.blake2b(file.encode(), digest_size=8).hexdigest()
+
+
+def _is_text(name: str) -> bool:
+    """Old programs left names that are no UTF-8; no database or answer can hold one."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        _log.warning("%a is passed over: its name is not UTF-8. Rename it.", name)
+        return False
+    return True
 
 
 def _row(file: str, path: Path, stat: os.stat_result) -> dict[str, Any]:
@@ -300,6 +347,8 @@ def _query(text: str, model: str, starred: bool) -> tuple[str, list[str], list[A
     """Tables, conditions and their values."""
     conditions: list[str] = []
     values: list[Any] = []
+    if "\0" in text:
+        raise BadRequest("No picture's words hold the character NUL.", "Search without it.")
     words = text.split()
     long = [word for word in words if len(word) >= 3]  # the index is of three letters each
     if long:
@@ -330,7 +379,7 @@ def _cursor(after: str) -> int:
     return int(after)
 
 
-def _picture(row: sqlite3.Row) -> Picture:
+def _picture(row: sqlite3.Row | dict[str, Any]) -> Picture:
     return Picture(
         id=row["id"],
         file=row["file"],

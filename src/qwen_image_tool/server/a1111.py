@@ -41,6 +41,7 @@ IDLE = {
     ),
     *("override_settings_restore_afterwards", "seed_enable_extras", "comments", "force_task_id"),
     *("save_images", "do_not_save_samples", "do_not_save_grid"),
+    *("url", "auth"),  # SillyTavern's server passes on what its page sent to itself
 }
 # AUTOMATIC1111's own defaults, where they are not empty
 UNCHANGED = {
@@ -117,7 +118,7 @@ async def text_to_image(
 ) -> Response | dict[str, Any]:
     """Make pictures. The job is cancelled when the client hangs up."""
     job = await asyncio.to_thread(_submit, service, body)
-    async with cancelled_with(service, job):
+    async with cancelled_with(service, hub, job):
         ended = await unless_gone(http, hub, job)
         if ended is None:
             return Response(status_code=499)
@@ -302,8 +303,10 @@ def png_info(body: PngInfo) -> dict[str, Any]:
 
 def _submit(service: Service, body: TextToImage) -> Job:
     settings = body.override_settings or {}
+    ours = options(service)
     for name in settings.keys() - {"sd_model_checkpoint", "samples_format"}:
-        raise NotSupported(f"The setting {name} does not exist here.", "override_settings")
+        if name not in ours or settings[name] != ours[name]:
+            raise NotSupported(f"The setting {name} can't be changed.", "override_settings")
     title = settings.get("sd_model_checkpoint")
     model = _model(service, title) if isinstance(title, str) and title else find(service, None)
     return service.submit(body.request(model), ORIGIN)

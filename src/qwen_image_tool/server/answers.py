@@ -2,8 +2,11 @@
 
 from typing import TYPE_CHECKING, Any
 
+from fastapi.exception_handlers import http_exception_handler
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
 
 from qwen_image_tool.errors import (
     BadRequest,
@@ -18,6 +21,7 @@ from qwen_image_tool.errors import (
     Unknown,
 )
 from qwen_image_tool.server.gate import TooManyTries
+from qwen_image_tool.server.hub import Ending
 from qwen_image_tool.types import Failure
 
 if TYPE_CHECKING:
@@ -34,6 +38,7 @@ STATUS: tuple[tuple[type[ToolError], int], ...] = (
     (OutputNotWritable, 507),
     (DiskFull, 507),
     (TooManyTries, 429),
+    (Ending, 503),
     (BadRequest, 400),
     (ToolError, 500),
 )
@@ -49,6 +54,12 @@ class NotSupported(BadRequest):
 
 class NotYet(NotSupported):
     """A whole route that comes in a later version."""
+
+
+class NoModel(Unknown):
+    """A client of OpenAI's API names a model that is not in the catalogue."""
+
+    param, code = "model", "model_not_found"
 
 
 def status_of(error: ToolError) -> int:
@@ -69,6 +80,22 @@ def explain_errors(app: "FastAPI") -> None:
         assert isinstance(error, RequestValidationError)
         return answer(request.url.path, _first(error), status=_invalid_status(request.url.path))
 
+    async def no_route(request: "Request", error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        path, headers = request.url.path, dict(error.headers or {})
+        if not path.startswith("/v1/"):
+            return await http_exception_handler(request, error)
+        code = error.detail.lower().replace(" ", "_")
+        wrong = NotSupported(f"{request.method} {path}: {error.detail}.", code=code)
+        return answer(path, wrong, headers, error.status_code)
+
+    async def fault(request: "Request", _: Exception) -> JSONResponse:
+        """uvicorn writes it to the log and closes the connection, which the client has to know."""
+        what = ToolError("Something went wrong.", "The log says more.")
+        return answer(request.url.path, what, {"connection": "close"})
+
+    app.add_exception_handler(HTTPException, no_route)
+    app.add_exception_handler(Exception, fault)
     app.add_exception_handler(ToolError, tool_error)
     app.add_exception_handler(RequestValidationError, invalid)
 
@@ -105,6 +132,8 @@ def _invalid_status(path: str) -> int:
 
 def _first(error: RequestValidationError) -> NotSupported:
     first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return NotSupported(f"The body is no JSON: {first['ctx']['error']}.", code="invalid_json")
     field = ".".join(str(part) for part in first["loc"][1:])
     if first["type"] == "extra_forbidden":
         return NotSupported(f"There is no parameter {field!r} here.", field, "unknown_parameter")

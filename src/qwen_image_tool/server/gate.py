@@ -162,12 +162,12 @@ class Gate:
 
     def _refusal(self, scope: "Scope", headers: Headers) -> Response | None:
         if headers.get("host", "").lower() not in self._hosts:
-            return _problem(421, "This address is not one of QwenImageTool's.")
+            return _problem(421, "wrong_host", "This address is not one of QwenImageTool's.")
         origin = headers.get("origin")
         if origin and scope["method"] not in SAFE and not self._own(origin):
-            return _problem(403, "Another website sent this request.")
+            return _problem(403, "wrong_origin", "Another website sent this request.")
         if int(_number(headers.get("content-length")) or 0) > _limit(scope["path"]):
-            return _problem(413, "The request is too large.")
+            return _problem(413, "request_too_large", "The request is too large.")
         return None
 
     def _own(self, origin: str) -> bool:
@@ -181,7 +181,7 @@ class Gate:
         if path == "/" and (given := query.get("__t")):
             if self._access.is_token(given[0]):
                 return self.welcome(RedirectResponse("/", 303), self._access.token)
-            return _problem(401, "The token is not the one of this start.")
+            return _problem(401, "invalid_api_key", "The token is not the one of this start.")
         if path in OPEN or self._known(headers):
             return None
         key = query.get("key", [""])[0]
@@ -191,7 +191,8 @@ class Gate:
             return None
         if "text/html" in headers.get("accept", "") and scope["method"] in SAFE:
             return HTMLResponse(_CLOSED, 401)
-        return _problem(401, "The token is missing or wrong: `qit token` prints it.")
+        missing = "The token is missing or wrong: `qit token` prints it."
+        return _problem(401, "invalid_api_key", missing)
 
     def welcome(self, answer: Response, key: str) -> Response:
         """The answer, with the cookie that opens the gate from now on."""
@@ -229,7 +230,9 @@ class Gate:
         with contextlib.suppress(_TooLarge):
             await self._app(scope, counted, watched)
         if read > limit and not started:
-            await _problem(413, "The request is too large.")(scope, receive, protected)
+            await _problem(413, "request_too_large", "The request is too large.")(
+                scope, receive, protected
+            )
 
 
 def write_private(path: Path, text: str) -> None:
@@ -281,9 +284,10 @@ def _cookie(header: str, name: str) -> str:
     return unquote(jar[name].value) if name in jar else ""
 
 
-def _problem(status: int, message: str) -> JSONResponse:
+def _problem(status: int, code: str, message: str) -> JSONResponse:
     """In the shapes of our own API, OpenAI's and AUTOMATIC1111's at once."""
-    error: dict[str, Any] = {"message": message, "type": "invalid_request_error", "code": status}
+    kind = "invalid_request_error"
+    error: dict[str, Any] = {"message": message, "type": kind, "param": None, "code": code}
     return JSONResponse({"error": error, "detail": message}, status)
 
 

@@ -4,12 +4,24 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator
 
+from qwen_image_tool.errors import ToolError
 from qwen_image_tool.feed import EventNews, JobNews, News, PictureNews
 from qwen_image_tool.jobs import Job
 from qwen_image_tool.service import Service
 from qwen_image_tool.types import Preview
 
 QUEUE = 256  # news that a client may lag behind
+
+
+class Ending(ToolError):
+    """The server ends before the job: that one goes on at the next start."""
+
+    code = "server_ending"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "QwenImageTool is being ended.", "The job is kept, and goes on at the next start."
+        )
 
 
 class Hub:
@@ -21,13 +33,13 @@ class Hub:
         self._loop = asyncio.get_running_loop()
         self._all: set[asyncio.Queue[News | None]] = set()
         self._of_job: dict[str, set[asyncio.Queue[News | None]]] = {}
-        self._closed = False
+        self.closed = False
         self._end = service.feed.subscribe(self._heard)
 
     def close(self) -> None:
-        """End every client's stream."""
+        """End every client's stream; no news comes any more."""
         self._end()
-        self._closed = True
+        self.closed = True
         for queue in [*self._all, *(q for queues in self._of_job.values() for q in queues)]:
             _end(queue)
 
@@ -40,7 +52,7 @@ class Hub:
     async def job(self, job: str) -> AsyncIterator[News]:
         """News of one job up to its end, which is the last."""
         with self._listening(job) as queue:
-            while not self._closed:
+            while not self.closed:
                 found = await asyncio.to_thread(self._service.jobs.get, job)
                 if found.has_ended:
                     yield JobNews(job=found)
@@ -51,11 +63,11 @@ class Hub:
                         return
 
     async def end_of(self, job: str) -> Job:
-        """The job once it has ended. Raises asyncio.CancelledError where the server ends first."""
+        """The job once it has ended. Raises Ending where the server ends first."""
         async for news in self.job(job):
             if isinstance(news, JobNews) and news.job.has_ended:
                 return news.job
-        raise asyncio.CancelledError
+        raise Ending
 
     @contextlib.contextmanager
     def _listening(self, job: str | None) -> Iterator[asyncio.Queue[News | None]]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
+from qwen_image_tool import __version__
 from qwen_image_tool.errors import ToolError
 from qwen_image_tool.feed import EventNews, JobNews
 from qwen_image_tool.server.api import by_id
@@ -36,7 +37,9 @@ def tools(service: Service, hub: Hub) -> "MCPServer[Any]":
     from mcp.server.mcpserver.exceptions import ToolError as Refusal
 
     server: MCPServer[Any] = MCPServer(
-        "QwenImageTool", instructions="Makes pictures with Qwen-Image models on this computer."
+        "QwenImageTool",
+        version=__version__,
+        instructions="Makes pictures with Qwen-Image models on this computer.",
     )
 
     @server.tool(name="generate", structured_output=False)
@@ -57,7 +60,7 @@ def tools(service: Service, hub: Hub) -> "MCPServer[Any]":
                 service, prompt, model, negative_prompt, size, steps, cfg, seed, images
             )
             job = await asyncio.to_thread(service.submit, request, "mcp")
-            async with cancelled_with(service, job):
+            async with cancelled_with(service, hub, job):
                 async for news in hub.job(job.id):
                     if isinstance(news, EventNews):
                         await context.report_progress(news.progress.fraction, 1.0)

@@ -25,9 +25,9 @@ from qwen_image_tool.feed import EventNews, JobNews
 from qwen_image_tool.gallery.export import Format, encode, export, on_white
 from qwen_image_tool.gallery.index import Picture
 from qwen_image_tool.jobs import Job
-from qwen_image_tool.server.answers import NotSupported, NotYet, openai_error
+from qwen_image_tool.server.answers import NoModel, NotSupported, NotYet, openai_error
 from qwen_image_tool.server.api import Here, News_
-from qwen_image_tool.server.hub import Hub
+from qwen_image_tool.server.hub import Ending, Hub
 from qwen_image_tool.service import Service
 from qwen_image_tool.types import Failure, Preview, Request, Size
 
@@ -112,7 +112,7 @@ async def generations(
     if body.stream:
         events = _stream(service, hub, body, job)
         return StreamingResponse(_sse(events), media_type="text/event-stream")
-    async with cancelled_with(service, job):
+    async with cancelled_with(service, hub, job):
         ended = await unless_gone(http, hub, job)
         if ended is None:
             return Response(status_code=499)
@@ -142,7 +142,7 @@ def models(service: Here) -> dict[str, Any]:
 
 @openai.get("/models/{model}")
 def model(model: str, service: Here) -> dict[str, Any]:
-    return _model(find(service, model))
+    return _model(_named(service, model))
 
 
 def find(service: Service, name: str | None) -> Model:
@@ -152,12 +152,20 @@ def find(service: Service, name: str | None) -> Model:
     return service.app.catalog.find(name)
 
 
+def _named(service: Service, name: str | None) -> Model:
+    """Raises NoModel, in OpenAI's words."""
+    try:
+        return find(service, name)
+    except BadRequest as error:
+        raise NoModel(error.message, error.hint) from error
+
+
 def draws_transparency(model: Model) -> bool:
     return model.family == "qwen-image-2.1"
 
 
 def _submit(service: Service, body: Generation) -> Job:
-    return service.submit(body.request(find(service, body.model)), "openai")
+    return service.submit(body.request(_named(service, body.model)), "openai")
 
 
 def _size(text: str | None) -> Size | None:
@@ -170,13 +178,14 @@ def _size(text: str | None) -> Size | None:
 
 
 @contextlib.asynccontextmanager
-async def cancelled_with(service: Service, job: Job) -> AsyncIterator[None]:
-    """The job ends with its client, however that ends."""
+async def cancelled_with(service: Service, hub: Hub, job: Job) -> AsyncIterator[None]:
+    """The job ends with its client, however that ends; where the server ends, it is kept."""
     try:
         yield
     finally:
-        with contextlib.suppress(BadRequest):
-            service.cancel(job.id)
+        if not hub.closed:
+            with contextlib.suppress(BadRequest):
+                service.cancel(job.id)
 
 
 async def unless_gone(http: HttpRequest, hub: Hub, job: Job) -> Job | None:
@@ -192,6 +201,9 @@ async def unless_gone(http: HttpRequest, hub: Hub, job: Job) -> Job | None:
 
 
 def raise_failure(job: Job) -> None:
+    """Raises where it is not done: its news ended before it, it was cancelled, or it failed."""
+    if not job.has_ended:
+        raise Ending
     if job.state == "cancelled":
         raise NotSupported("The job was cancelled.", code="cancelled")
     if job.failure:
@@ -241,7 +253,7 @@ async def _stream(
     """Partial pictures as they become clear, then every picture. Fewer partial ones than asked for
     where steps or previews are few."""
     wanted, sent = body.partial_images or 0, 0
-    async with cancelled_with(service, job):
+    async with cancelled_with(service, hub, job):
         async for news in hub.job(job.id):
             if isinstance(news, EventNews) and isinstance(news.event, Preview):
                 due = news.event.step * (wanted + 1) >= (sent + 1) * (job.request.steps or 1)

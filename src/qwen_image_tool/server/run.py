@@ -130,10 +130,18 @@ def serve(
         app: FastAPI = build(service, access)
         gate = Gate(app, access, [f"{name}:{number}" for name in names], number)
         app.state.gate = gate
-        url = f"http://{names[-1] if lan else '127.0.0.1'}:{number}"
+        url = f"http://{shown(host, lan)}:{number}"
         where = Running(url=url, port=number, token=token, pid=os.getpid())
         with _announced(service, where):
-            asyncio.run(_listen(gate, bound, lambda: ready(where), stopper or Stopper(), guarded))
+            work = _listen(
+                gate,
+                bound,
+                lambda: ready(where),
+                lambda: app.state.hub.close(),  # noqa: PLW0108 - it is made when the app starts
+                stopper or Stopper(),
+                guarded,
+            )
+            asyncio.run(work)
 
 
 def bind(host: str, port: int | None, service: Service) -> socket.socket:
@@ -155,6 +163,15 @@ def bind(host: str, port: int | None, service: Service) -> socket.socket:
                 service.remember(port=bound.getsockname()[1])
             return bound
     raise BadRequest("No port is free.", "Choose one with --port.")
+
+
+def shown(host: str, lan: bool) -> str:
+    """The name of this computer in a URL that leads to a server on `host`."""
+    if lan and host in ("127.0.0.1", "0.0.0.0", "::"):  # noqa: S104
+        return own_addresses()[-1]
+    if host == "localhost":
+        return "127.0.0.1"
+    return f"[{host}]" if ":" in host else host
 
 
 def own_addresses() -> list[str]:
@@ -182,6 +199,7 @@ def _bind(host: str, port: int) -> socket.socket:
         else:  # on Windows that option would let two programs share the port
             bound.setsockopt(socket.SOL_SOCKET, getattr(socket, "SO_EXCLUSIVEADDRUSE"), 1)  # noqa: B009
         bound.bind((host, port))
+        bound.listen()  # at once: on POSIX two sockets that don't listen yet can share a port
     except BaseException:
         bound.close()
         raise
@@ -189,7 +207,16 @@ def _bind(host: str, port: int) -> socket.socket:
 
 
 class _Server(uvicorn.Server):
-    """Signals are ours: uvicorn would raise them again before the service has ended in order."""
+    """Signals are ours: uvicorn would raise them again before the service has ended in order.
+    `leave` ends what clients wait for, so that they are answered and none is torn off."""
+
+    def __init__(self, config: uvicorn.Config, leave: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._leave = leave
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._leave()
+        await super().shutdown(sockets)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -208,6 +235,7 @@ async def _listen(
     app: ASGIApp,
     bound: socket.socket,
     ready: Callable[[], None],
+    leave: Callable[[], None],
     stopper: Stopper,
     guarded: bool,
 ) -> None:
@@ -220,7 +248,7 @@ async def _listen(
         lifespan="on",
         timeout_graceful_shutdown=LEAVE_SECONDS,
     )
-    server = _Server(config)
+    server = _Server(config, leave)
     stopper.server = server
     if guarded:
         threading.Thread(target=_end_with_stdin, args=(stopper,), daemon=True).start()

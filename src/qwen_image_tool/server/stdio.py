@@ -18,7 +18,7 @@ START_SECONDS = 60.0
 def speak(settings: Settings) -> None:
     """Until stdin ends. Raises ToolError where no service can be had."""
     with _service(settings) as where:
-        asyncio.run(bridge(f"http://127.0.0.1:{where.port}/mcp", where.token))
+        asyncio.run(bridge(f"{where.url}/mcp", where.token))
 
 
 @contextmanager
