@@ -1,7 +1,6 @@
 """A model's parts where the plan wants them: repeated blocks in a ring, the rest on the device."""
 
 import copy
-import logging
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -25,8 +24,6 @@ from qwen_image_tool.engine.ring import (
 from qwen_image_tool.engine.weights import Checkpoint, Layout, Reader, Stored, set_parameter
 from qwen_image_tool.errors import Cancelled
 from qwen_image_tool.types import Placement
-
-log = logging.getLogger(__name__)
 
 
 class Blocks:

@@ -137,33 +137,22 @@ class Background:
         self._pool.shutdown(cancel_futures=True)
 
 
-class PlainCopies:
+class PlainCopies(Background):
     """A Transfer to a device without streams of ours (Apple, Intel; not verified on either): a
     thread fills a buffer in host memory and copies it to the slot."""
 
     def __init__(self, fill: Fill, slots: Sequence[torch.Tensor]) -> None:
-        self._fill, self._slots = fill, slots
+        super().__init__(fill, slots)
         self._buffer = torch.empty_like(slots[0], device="cpu")
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="ring")
-        self._filled: dict[int, Future[object]] = {}
 
-    def start(self, block: int, slot: int) -> None:
-        self._filled[slot] = self._pool.submit(self._send, block, slot)
-
-    @torch.inference_mode()  # a thread's own state
+    @torch.inference_mode()
     def _send(self, block: int, slot: int) -> None:
         self._fill(block, self._buffer)
         self._slots[slot].copy_(self._buffer)
 
-    def wait(self, slot: int) -> None:
-        self._filled[slot].result()
-
-    def release(self, _slot: int) -> None:
+    def release(self, slot: int) -> None:  # noqa: ARG002
         """The next fill of a slot may start: what is computed there has to be done."""
         torch.accelerator.synchronize()
-
-    def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
 
 
 class PinnedCopies:

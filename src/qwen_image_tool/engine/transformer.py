@@ -61,10 +61,6 @@ class Transformer:
         """A block on the device, before the first walk; its weights may still be on their way."""
         return self._blocks.any()
 
-    def rest(self) -> None:
-        """Give the memory of the slots back until the next walk."""
-        self._blocks.rest()
-
     def close(self) -> None:
         """End what runs in the background, and give the memory back."""
         self._blocks.close()
