@@ -97,12 +97,12 @@ def blueness(pixels: Any) -> float:
 
 
 def test_guidance_and_negative_prompt_change_the_picture(draw: Any) -> None:
-    prompt = "a large star"
+    prompt = "a ring and a heart"  # colours and places are left open
     [guided] = draw(prompt)
     [plain] = draw(prompt, cfg=1)
-    [without] = draw(prompt, negative_prompt="a red star on a white background")
-    assert np.abs(guided - plain).mean() > 2
-    assert np.abs(guided - without).mean() > 2
+    [without] = draw(prompt, negative_prompt="a white background")
+    assert np.abs(guided - plain).mean() > 20
+    assert np.abs(guided - without).mean() > 20
 
 
 @pytest.mark.parametrize("ratio", ["16:9", "9:16", "4:3", "3:4", "3:2", "2:3"])
