@@ -19,9 +19,9 @@ from qwen_image_tool.store.formats import (
     OUTSIDE,
     PER_BLOCK,
     check_model,
+    check_taken,
     check_whole,
     models_for,
-    readable,
     recognise,
 )
 
@@ -132,7 +132,8 @@ def test_keys_and_shapes_say_what_it_is(
 
 @pytest.mark.parametrize(("tensors", "family"), [(DIT20, "qwen-image"), (DIT21, "qwen-image-2.1")])
 def test_gguf_is_told_the_same_way(tmp_path: Path, tensors: Shapes, family: str) -> None:
-    found = readable(gguf(tmp_path / "any.gguf", tensors))
+    found = recognise(gguf(tmp_path / "any.gguf", tensors))
+    check_taken(found)
     assert (found.container, found.family, found.storage) == ("gguf", family, "Q4_K")
 
 
@@ -157,7 +158,7 @@ def test_what_can_not_be_read_is_refused_with_the_reason(
     path = sparse(tmp_path / "weights.safetensors", DIT20 | extra, "F8_E4M3")
     assert reason in recognise(path).unreadable
     with pytest.raises(ModelUnsupported, match=reason) as caught:
-        readable(path)
+        check_taken(recognise(path))
     assert "bf16 or a GGUF" in caught.value.hint
 
 
@@ -190,10 +191,10 @@ def test_the_configuration_comes_from_the_right_model(tmp_path: Path) -> None:
 
 def test_weights_of_another_model_are_not_taken(tmp_path: Path) -> None:
     found = recognise(sparse(tmp_path / "x.safetensors", LAYERED))
-    check_model(found, CATALOG.find("qwen-image-layered"), CATALOG)
+    check_model(found, CATALOG.find("qwen-image-layered"))
     for name in ("qwen-image", "qwen-image-2.1"):
         with pytest.raises(BadRequest, match="does not fit"):
-            check_model(found, CATALOG.find(name), CATALOG)
+            check_model(found, CATALOG.find(name))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,13 +35,14 @@ if TYPE_CHECKING:
     from qwen_image_tool.engine.engine import Engine
     from qwen_image_tool.store.hub import Hub
 
+LAST_LOOK = "device.json"  # in the cache
 SEEDS = 2**32  # random seeds stay short enough to read out
 
 
 class Advice(Value):
     """A variant of a model for one machine. `to_fetch`: bytes a download would take. `seconds` of
-    a picture with the model's own settings, where the planner can tell; `ram_bytes` and
-    `vram_bytes` at its peak."""
+    a picture with the model's own settings, loading included, where the device's rates are known;
+    `ram_bytes` and `vram_bytes` at its peak."""
 
     model: str
     variant: str
@@ -95,15 +96,17 @@ class App:
         known = self.catalog.get(reference)
         return known or self._locate(reference).model
 
-    def describe(self, model: Model) -> dict[str, Any]:
-        """One line of a model list. `state`: "ready", "not here" or "not yet"."""
-        state, why = "ready", ""
+    def describe(self, model: Model, on: Device | None = None) -> dict[str, Any]:
+        """One line of a model list. `state`: "ready", "not here" or "not yet". `needs`: its best
+        variant on a machine; None where that is not given, or the model can't run yet."""
+        state, why, found = "ready", "", None
         try:
-            self._locate(model.id)
+            found = self._locate(model.id)
         except ToolError as error:
             state = "not yet" if model.unsupported else "not here"
             why = str(error)
         licence = self.catalog.licence_of(model)
+        advice = self._advise(model, on, found) if on and not model.unsupported else None
         return {
             "id": model.id,
             "name": model.name,
@@ -115,7 +118,15 @@ class App:
             "state": state,
             "why": why,
             "variants": list(self.library.variants(model)),
+            "revision": self._revision(model, found),
+            "needs": advice and advice.model_dump(mode="json"),
         }
+
+    def _revision(self, model: Model, found: store.Installed | None) -> str:
+        """The commit that is here; a snapshot of the Hugging Face cache is named by it."""
+        own = self.library.revision(model)
+        is_snapshot = found is not None and found.folder.parent.name == "snapshots"
+        return found.folder.name if found and is_snapshot and not own else own
 
     def plan(self, request: Request, on: Device | None = None) -> tuple[Request, Plan]:
         """The first of `plans`."""
@@ -132,37 +143,55 @@ class App:
         """
         installed = store.expect(request.model, self.catalog, self.settings.models, self.elsewhere)
         resolved = self.resolve(request, installed)
-        where = on or self._here()
+        where = on or self.here()
         return resolved, planner.plans(resolved, installed, where, anyway)
 
     def recommend(self, on: Device | None = None) -> tuple["Advice", ...]:
         """For every model this version runs, its best variant on this machine (or `on` another),
         the planner's reason and what getting it takes; the best model first."""
-        where = on or self._here()
+        where = on or self.here()
         advice = [
-            self._advise(model, where)
+            self._advise(model, where, self._found(model))
             for model in self.catalog.models
             if model.repo and not model.unsupported
         ]
         return tuple(sorted(advice, key=lambda a: (not a.runs, -int(a.released.replace("-", "")))))
 
-    def _advise(self, model: Model, where: Device) -> "Advice":
-        """The largest variant that can run is the best: it is nearest to what was published."""
+    def _found(self, model: Model) -> store.Installed | None:
+        try:
+            return self._locate(model.id)
+        except BadRequest:
+            return None
+
+    def _advise(self, model: Model, where: Device, here: store.Installed | None) -> "Advice":
+        """What is here, where it runs; else the largest variant that can run, because it is nearest
+        to what was published."""
         why = ""
-        choices = [("bf16", model.components["transformer"].bytes)]
-        choices += [(v.id, v.bytes) for v in model.variants if not v.unsupported]
-        for name, size in sorted(choices, key=lambda choice: -choice[1]):
-            imagined = store.as_published(model, transformer_bytes=size)
-            request = model.resolve(Request(model=model.id, prompt="a prompt"), seed=0)
+        request = model.resolve(Request(model=model.id, prompt="a prompt"), seed=0)
+        for name, installed in self._choices(model, here):
             try:
-                found = planner.plan(request, imagined, where)
+                found = planner.plan(request, installed, where)
             except CannotRun as error:
                 why = why or str(error)
                 continue
-            return self._advice(model, name, found, found.reasons[0])
-        return self._advice(model, "bf16", None, why)
+            return self._advice(model, name, found, found.reasons[0], here is not None)
+        return self._advice(model, "bf16", None, why, here is not None)
 
-    def _advice(self, model: Model, variant: str, plan: Plan | None, reason: str) -> "Advice":
+    @staticmethod
+    def _choices(
+        model: Model, here: store.Installed | None
+    ) -> Iterator[tuple[str, store.Installed]]:
+        if here:
+            yield here.variant, here
+        if model.repo:
+            sizes = {"bf16": model.components["transformer"].bytes}
+            sizes |= {v.id: v.bytes for v in model.variants if not v.unsupported}
+            for name in sorted(sizes, key=lambda name: -sizes[name]):
+                yield name, store.as_published(model, transformer_bytes=sizes[name])
+
+    def _advice(
+        self, model: Model, variant: str, plan: Plan | None, reason: str, is_here: bool
+    ) -> "Advice":
         return Advice(
             model=model.id,
             variant=variant,
@@ -172,16 +201,12 @@ class App:
             seconds=plan.seconds if plan else None,
             ram_bytes=plan.ram_bytes if plan else 0,
             vram_bytes=plan.vram_bytes if plan else 0,
-            to_fetch=0 if self.is_ready(model) else self.library.to_fetch(model, variant),
+            to_fetch=0 if is_here else self.library.to_fetch(model, variant),
         )
 
     def is_ready(self, model: Model) -> bool:
         """Whether it is on disk, whole as far as a quick look shows."""
-        try:
-            self._locate(model.id)
-        except BadRequest:
-            return False
-        return True
+        return self._found(model) is not None
 
     def generate(
         self,
@@ -251,9 +276,20 @@ class App:
             self._device = self._measured(device.probe(torch_facts()), emit)
         return self._device
 
-    def _here(self) -> Device:
-        """This machine, read in a child process, with what it was measured to do before."""
-        return self.with_rates(device.probe(device.probe_in_child()))
+    def here(self) -> Device:
+        """This machine, read in a child process, with what it was measured to do before. Raises
+        ToolError where torch can't be used."""
+        return self.with_rates(device.probe(self.look()))
+
+    def look(self) -> device.TorchFacts:
+        """What torch says of this machine, asked in a child process and remembered."""
+        return device.look(self.settings.cache / LAST_LOOK)
+
+    def seen(self) -> Device | None:
+        """This machine as it was at the last look, the RAM that is free as it is now: known without
+        torch. None where there was no look since the machine was started."""
+        facts = device.last_look(self.settings.cache / LAST_LOOK)
+        return self.with_rates(device.probe(facts)) if facts else None
 
     def with_rates(self, found: Device) -> Device:
         """`found`, with what it was measured to do before."""
@@ -276,10 +312,11 @@ class App:
         was compiled, what devices were measured to do."""
         for name in ("embeddings", "modulation", "compiled", "rates"):
             shutil.rmtree(self.settings.cache / name, ignore_errors=True)
+        (self.settings.cache / LAST_LOOK).unlink(missing_ok=True)
 
     def examine(self) -> tuple[doctor.Check, ...]:
         """Is this machine ready?"""
-        return doctor.examine(doctor.gather(self.settings, device.probe_in_child()))
+        return doctor.examine(doctor.gather(self.settings, self.look()))
 
 
 def made_otherwise(original: gallery.ImageInfo, result: Result) -> str:

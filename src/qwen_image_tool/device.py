@@ -4,6 +4,7 @@ No torch here: `probe_in_child` asks it in a process of its own, which a broken 
 """
 
 import contextlib
+import importlib.metadata
 import math
 import os
 import platform
@@ -20,6 +21,7 @@ from qwen_image_tool.catalog.costs import Card, load_costs
 from qwen_image_tool.errors import ToolError
 from qwen_image_tool.types import Device, Rates, Value
 
+SAME_START = 60  # seconds that two readings of it may differ by: clocks are set
 PROBE_SECONDS = 120  # the first import of torch from a hard disk takes a minute
 REINSTALL = "Run `./qit setup` (Windows: `qit setup`) to install it again."
 
@@ -43,6 +45,15 @@ class TorchFacts(Value):
     driver: str = ""
     error: str = ""
     gpu_error: str = ""
+
+
+class Look(Value):
+    """What a child process found when it looked, with this torch and since this start of the
+    machine (seconds since 1970)."""
+
+    torch: str
+    started: int
+    facts: TorchFacts
 
 
 class NvidiaCard(Value):
@@ -130,6 +141,38 @@ def probe_in_child(
         return TorchFacts.from_json(out.splitlines()[-1])
     last = " ".join(err.strip().splitlines()[-3:])
     return TorchFacts(error=f"its process ended with code {child.returncode}. {last}".strip())
+
+
+def look(kept: Path) -> TorchFacts:
+    """Like `probe_in_child`; what it finds is written to `kept`, unless something is wrong."""
+    facts = probe_in_child()
+    if not facts.error and not facts.gpu_error:
+        found = Look(torch=_torch(), started=_started(), facts=facts)
+        with contextlib.suppress(OSError):
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_text(found.to_json(), encoding="utf-8")
+    return facts
+
+
+def last_look(kept: Path) -> TorchFacts | None:
+    """What `look` found last, where neither torch nor the start of the machine is another."""
+    try:
+        found = Look.from_json(kept.read_bytes())
+    except (OSError, ValidationError):
+        return None
+    same = found.torch == _torch() and abs(found.started - _started()) < SAME_START
+    return found.facts if same else None
+
+
+def _torch() -> str:
+    try:
+        return importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _started() -> int:
+    return int(psutil.boot_time())
 
 
 def nvidia_card() -> NvidiaCard | None:

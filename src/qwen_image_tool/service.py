@@ -137,12 +137,17 @@ class Service:
         """This machine. The first call asks torch in a child process, which takes seconds."""
         with self._asking:
             if self._facts is None or self._facts.error:
-                self._facts = device.probe_in_child()
+                self._facts = self.app.look()
             return self.app.with_rates(device.probe(self._facts))
 
     def plans(self, request: Request, anyway: bool = False) -> tuple[Request, tuple[Plan, ...]]:
         """The request with every choice made; how it would run, and what would be tried next."""
         return self.app.plans(request, self.device(), anyway)
+
+    def described(self) -> list[dict[str, Any]]:
+        """Every model, with what it needs on this machine where that was looked at."""
+        here = self.app.seen()
+        return [self.app.describe(model, here) for model in self.app.catalog.models]
 
     def default_model(self) -> str:
         """The one that was chosen, else the newest that is here, else the practice model."""

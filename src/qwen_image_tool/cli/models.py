@@ -10,12 +10,20 @@ import typer
 
 from qwen_image_tool.app import App
 from qwen_image_tool.catalog import Model
-from qwen_image_tool.cli.screen import Screen, duration, gib
+from qwen_image_tool.cli.screen import Screen, gib, pace
 from qwen_image_tool.errors import BadRequest, DownloadFailed, LicenceNotAccepted, ToolError
 from qwen_image_tool.settings import load_settings
 from qwen_image_tool.store.download import Control
-from qwen_image_tool.store.formats import models_for, recognise
+from qwen_image_tool.store.formats import (
+    NOT_TAKEN,
+    WORDS,
+    Checkpoint,
+    check_taken,
+    models_for,
+    recognise,
+)
 from qwen_image_tool.store.verify import Fault
+from qwen_image_tool.types import Device
 
 models = typer.Typer(
     no_args_is_help=True, help="The models: what there is, what they need, how to get them."
@@ -30,14 +38,18 @@ VariantOption = Annotated[
 
 @models.command(name="list")
 def list_models(as_json: Json = False) -> None:
-    """List the models of the family: what they do, their size and licence."""
-    app = App(load_settings())
-    rows = [app.describe(model) for model in app.catalog.models]
-    screen = Screen(as_json)
+    """List the models of the family: what they do, what they need on this computer, their licence.
+
+    Memory and seconds are those of one picture with the model's own settings.
+    """
+    app, screen = App(load_settings()), Screen(as_json)
+    here = _computer(app, screen)
+    rows = [app.describe(model, here) for model in app.catalog.models]
+    best = app.recommend(here)[0] if here else None
     if as_json:
-        screen.json({"models": rows})
+        screen.json({"models": rows, "recommended": best and best.model_dump(mode="json")})
     else:
-        screen.models(rows)
+        screen.models(rows, best)
 
 
 @models.command()
@@ -48,13 +60,34 @@ def show(model: Id, as_json: Json = False) -> None:
 
       qit models show qwen-image-2512
     """
-    app = App(load_settings())
+    app, screen = App(load_settings()), Screen(as_json)
     entry = app.catalog.find(model)
-    screen = Screen(as_json)
+    row = app.describe(entry, _computer(app, screen))
+    row["usable"] = [] if row["state"] == "ready" else _usable(app, entry)
     if as_json:
-        screen.json(entry.to_dict() | app.describe(entry))
+        screen.json(entry.to_dict() | row)
     else:
-        screen.model(entry, app.describe(entry), app.catalog.licence_of(entry))
+        screen.model(entry, row, app.catalog.licence_of(entry))
+
+
+def _computer(app: App, screen: Screen) -> Device | None:
+    """As it was seen last; looked at where it was not. None where that fails, and why is said."""
+    try:
+        if here := app.seen():
+            return here
+        screen.note("Looking at this computer, once: what its GPU and memory are ...")
+        return app.here()
+    except ToolError as error:
+        screen.note(f"What the models need here can't be told. {error}")
+        return None
+
+
+def _usable(app: App, model: Model) -> list[dict[str, str]]:
+    """Files of other programs that may be parts of a model which is not here."""
+    return [
+        {"path": str(found.path), "is": WORDS[found.kind], "storage": found.storage}
+        for found in app.library.usable(model)
+    ]
 
 
 @models.command()
@@ -69,10 +102,8 @@ def recommend(as_json: Json = False) -> None:
         says = [f"{each.to_fetch / 1e9:.1f} GB to fetch" if each.to_fetch else "is here"]
         if each.runs:
             says.append(f"needs {gib(each.ram_bytes)} of RAM")
-        if each.vram_bytes:
-            says.append(f"{gib(each.vram_bytes)} of GPU memory")
-        if each.seconds:
-            says.append(f"about {duration(each.seconds)} a picture")
+            says += [f"{gib(each.vram_bytes)} of GPU memory"] if each.vram_bytes else []
+            says.append(f"{pace(each.seconds)} a picture")
         screen.line(f"{each.model} ({each.variant}): {', '.join(says)}. {each.reason}")
 
 
@@ -84,7 +115,11 @@ def download(
         bool, typer.Option("--yes-license", help="I have read the licence and agree to it.")
     ] = False,
     again: Annotated[
-        bool, typer.Option("--again", help="Delete what is here and fetch everything.")
+        bool, typer.Option("--again", help="Delete what was fetched and fetch everything anew.")
+    ] = False,
+    update: Annotated[
+        bool,
+        typer.Option("--update", help="Go on to the newest revision; else the first one stays."),
     ] = False,
     as_json: JsonLines = False,
 ) -> None:
@@ -100,19 +135,13 @@ def download(
     entry = app.catalog.find(model)
     screen = Screen(as_json)
     try:
-        folder = _download(app, entry, variant, yes_license, again, screen)
+        with screen.transfer() as emit, _pause_on_ctrl_c() as control:
+            folder = app.library.download(entry, variant, emit, control, yes_license, again, update)
     except LicenceNotAccepted:
         with suppress(DownloadFailed):  # without a connection the address has to do
             screen.note(app.library.licence_text(entry))
         raise
     _done(screen, as_json, str(folder), folder=str(folder))
-
-
-def _download(
-    app: App, entry: Model, variant: str, accept: bool, again: bool, screen: Screen
-) -> Path:
-    with screen.transfer() as show, _pause_on_ctrl_c() as control:
-        return app.library.download(entry, variant, show, control, accept, again)
 
 
 @models.command()
@@ -173,27 +202,38 @@ def import_file(
     model: Annotated[
         str | None, typer.Option("--as", help="The model that it belongs to, where several fit.")
     ] = None,
-    as_json: Json = False,
+    as_json: JsonLines = False,
 ) -> None:
-    """Take a weight file of another program, after looking at its keys and shapes."""
-    app = App(load_settings())
+    """Use another program's transformer or text encoder where it lies, without a copy.
+
+    What the file is, its keys and shapes say, whatever its name. It is read once, for its hash.
+
+    [bold]Example[/]
+
+      qit models import ComfyUI/models/diffusion_models/qwen_image_bf16.safetensors --as qwen-image
+    """
+    app, screen = App(load_settings()), Screen(as_json)
     found = recognise(path)
-    fitting = models_for(found, app.catalog)
-    if model is None and len(fitting) != 1:
-        names = ", ".join(entry.id for entry in fitting)
-        raise BadRequest(
-            f"{path} is a {found.kind} of {found.family} in {found.storage}, and fits several"
-            " models.",
-            f"Say which with --as: {names}.",
-        )
-    entry = app.catalog.find(model) if model else fitting[0]
-    target = app.library.import_file(path, entry)
-    screen = Screen(as_json)
+    check_taken(found)
+    entry = app.catalog.find(model) if model else _only_one(found, models_for(found, app.catalog))
+    with screen.transfer() as show, _pause_on_ctrl_c() as control:
+        target = app.library.import_file(path, entry, show, control.stopped.is_set)
     _done(screen, as_json, str(target), path=str(target), checkpoint=found.to_dict())
     if found.unsupported:
         screen.note(f"It can't run yet. {found.unsupported}")
     else:
         screen.note(f"`qit models download {entry.id}` fetches what the model needs beside it.")
+
+
+def _only_one(found: Checkpoint, fitting: tuple[Model, ...]) -> Model:
+    if len(fitting) == 1:
+        return fitting[0]
+    raise BadRequest(
+        f"{found.path} is a {WORDS[found.kind]} in {found.storage}, and its keys and shapes fit"
+        f" {len(fitting)} models.",
+        f"Say which it was made for with --as, one of: {', '.join(m.id for m in fitting)}. Where it"
+        " came from says so.",
+    )
 
 
 @models.command()
@@ -203,7 +243,7 @@ def where(as_json: Json = False) -> None:
     screen = Screen(as_json)
     cache = app.elsewhere.cache
     rows: list[tuple[str, ...]] = [
-        (str(path), *_described(path)) for path in app.elsewhere.weight_files()
+        (str(path), *_described(path, app)) for path in app.elsewhere.weight_files()
     ]
     if as_json:
         found = [{"path": path, "is": what, "why": why} for path, what, why in rows]
@@ -223,14 +263,19 @@ def where(as_json: Json = False) -> None:
     if rows:
         screen.line("")
         screen.rows(("File", "Is", "Note"), rows)
+        screen.line("")
+        screen.line("`qit models import FILE` uses a transformer or text encoder where it lies.")
 
 
-def _described(path: Path) -> tuple[str, str]:
+def _described(path: Path, app: App) -> tuple[str, str]:
     try:
         found = recognise(path)
     except ToolError as error:
         return "not ours", error.message
-    return f"{found.family} {found.kind}, {found.storage}", found.unreadable
+    what = f"{found.family} {WORDS[found.kind]}, {found.storage}"
+    if found.kind in NOT_TAKEN or found.unsupported:
+        return what, NOT_TAKEN.get(found.kind, found.unsupported)
+    return what, f"fits {', '.join(model.id for model in models_for(found, app.catalog))}"
 
 
 def _report(screen: Screen, faults: tuple[Fault, ...]) -> None:

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from qwen_image_tool.app import Advice
 from qwen_image_tool.catalog import Licence, Model
 from qwen_image_tool.doctor import Check
 from qwen_image_tool.errors import ToolError
@@ -127,21 +128,27 @@ class Screen:
             if info.plan:
                 self.facts({"Made on": f"{info.plan.device}, {info.plan.dtype}"})
 
-    def models(self, rows: list[dict[str, Any]]) -> None:
+    def models(self, rows: list[dict[str, Any]], best: Advice | None) -> None:
         self.rows(
-            ("Model", "State", "Weights", "To fetch", "Does", "Licence"),
+            ("Model", "State", "Disk", "To fetch", "VRAM", "RAM", "Picture", "Does", "Licence"),
             [
                 (
                     row["id"],
                     row["state"],
                     amount(row["bytes"]),
                     amount(row["to_fetch"]),
+                    *_needs(row["needs"]),
                     ", ".join(row["tasks"]),
                     row["licence"] + ("" if row["commercial"] else " (non-commercial)"),
                 )
                 for row in rows
             ],
         )
+        if best:
+            self.line("")
+            self.line(f"Best here: {best.model} ({best.variant}). {best.reason}")
+        if any(row["needs"] and _unmeasured(row["needs"]) for row in rows):
+            self.line(UNMEASURED)
 
     def model(self, model: Model, described: dict[str, Any], licence: Licence) -> None:
         sampling = model.sampling
@@ -150,7 +157,9 @@ class Screen:
                 "Model": f"{model.name} ({model.id})",
                 "State": described["why"] or described["state"],
                 "Here": ", ".join(described["variants"]),
+                **_needed(described),
                 "From": model.repo,
+                "Revision": described["revision"],
                 "Released": model.released,
                 "Licence": f"{licence.name}, "
                 + ("" if licence.commercial else "NOT for commercial use, ")
@@ -182,6 +191,12 @@ class Screen:
                     for v in model.variants
                 ],
             )
+        if described["usable"]:
+            self.line("")
+            self.line("These files of other programs may be parts of it: keys and shapes fit.")
+        for found in described["usable"]:
+            self.line(f"- {found['is']}, {found['storage']}: {found['path']}")
+            self.line(f'  qit models import "{found["path"]}" --as {model.id}')
 
     def checks(self, checks: tuple[Check, ...]) -> None:
         colours = {"pass": "green", "warn": "yellow", "fail": "red"}
@@ -280,6 +295,42 @@ def _standing(event: Event) -> _Standing | None:
             text += f", {duration(event.seconds_left)} left" if event.seconds_left else ""
         return _Standing(event.done_bytes, event.total_bytes, text, title)
     return None
+
+
+UNMEASURED = "Seconds are not measured yet: the first picture with a model measures this computer."
+
+
+def _unmeasured(needs: dict[str, Any]) -> bool:
+    return bool(needs["runs"]) and needs["seconds"] is None
+
+
+def _needs(needs: dict[str, Any] | None) -> tuple[str, str, str]:
+    """GPU memory, RAM and seconds of one picture; nothing of what can't run."""
+    if needs is None:
+        return "", "", ""
+    if not needs["runs"]:
+        return "", "", "can't run"
+    return gib(needs["vram_bytes"]), gib(needs["ram_bytes"]), pace(needs["seconds"])
+
+
+def _needed(described: dict[str, Any]) -> dict[str, object]:
+    disk = f"{amount(described['bytes'])} of disk"
+    disk += f" ({amount(described['to_fetch'])} to fetch)" if described["to_fetch"] else ""
+    needs = described["needs"]
+    if needs is None or not needs["runs"]:
+        return {"Needs": disk, "Here it": needs and f"can't run: {needs['reason']}"}
+    memory = f"{gib(needs['ram_bytes'])} of RAM"
+    if needs["vram_bytes"]:
+        memory = f"{gib(needs['vram_bytes'])} of GPU memory, {memory}"
+    return {
+        "Needs": f"{disk}, {memory}",
+        "A picture": UNMEASURED if _unmeasured(needs) else f"{pace(needs['seconds'])}, loaded anew",
+        "Best here": f"{needs['variant']}. {needs['reason']}",
+    }
+
+
+def pace(seconds: float | None) -> str:
+    return "not measured" if seconds is None else f"about {duration(seconds)}"
 
 
 def duration(seconds: float) -> str:

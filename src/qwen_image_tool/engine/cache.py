@@ -12,6 +12,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from qwen_image_tool.store.links import weight_files
+
 
 class TensorCache:
     """One file a tensor, in `folder`; the least recently used go first above `limit` bytes.
@@ -62,5 +64,6 @@ class TensorCache:
 
 def checkpoint_identity(folder: Path) -> list[str]:
     """Name, size and time of every file: another checkpoint in the same place is another one."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return [f"{p.relative_to(folder)}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files]
+    found = {path: path.stat() for path in sorted(folder.rglob("*")) if path.is_file()}
+    found |= {folder / name: path.stat() for name, path in weight_files(folder).items()}
+    return [f"{p.relative_to(folder)}:{s.st_size}:{s.st_mtime_ns}" for p, s in found.items()]

@@ -14,10 +14,8 @@ from transformers import AutoConfig, Qwen2Tokenizer
 from qwen_image_tool.engine import placed, weights
 from qwen_image_tool.engine.weights import Checkpoint, Reader, no_weights
 from qwen_image_tool.errors import ModelUnsupported, PromptTooLong
+from qwen_image_tool.store.formats import TEXT_PREFIXES
 from qwen_image_tool.types import Placement
-
-# Files made since transformers 4.52 may have the second name
-PREFIXES = ("model.", "model.language_model.")
 
 
 class Tokenizer:
@@ -84,7 +82,8 @@ class TextEncoder:
         with no_weights():
             self._model: Any = kind(config).eval()
         self._model.rotary_emb.to(device)
-        prefix = next((p for p in PREFIXES if f"{p}norm.weight" in self._checkpoint.tensors), "")
+        found = self._checkpoint.tensors
+        prefix = next((p for p in TEXT_PREFIXES if f"{p}norm.weight" in found), "")
         self._words = f"{prefix}embed_tokens.weight"
         names = [("norm.weight", f"{prefix}norm.weight")] if normed else []
         placed.load(self._model, names, self._checkpoint, device, dtype, reader)

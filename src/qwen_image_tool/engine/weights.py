@@ -22,6 +22,7 @@ from torch import nn
 
 from qwen_image_tool.errors import Cancelled, ModelMissing
 from qwen_image_tool.store.formats import model_keys
+from qwen_image_tool.store.links import content, weight_files
 
 ALIGNMENT = 256  # bytes; what CUDA's vectorised loads and cuBLAS ask of a tensor's start
 PIECE = 16 << 20  # bytes of one read: large enough for a disk, small enough to cancel
@@ -82,7 +83,8 @@ class Checkpoint:
         stored: dict[str, Stored] = {}
         indexes = sorted(folder.glob("*.safetensors.index.json"))
         wanted = _read_index(indexes[0]) if indexes else {}
-        files = {folder / name for name in wanted.values()} or set(folder.glob("*.safetensors"))
+        files = {content(folder / name) for name in wanted.values()}
+        files = files or set(weight_files(folder).values())
         if not files:
             raise ModelMissing(f"There are no weights in {folder}.", AGAIN)
         for file in sorted(files):

@@ -236,14 +236,14 @@ def plan(request: Request, service: Here, anyway: bool = False) -> Planned:
 @api.get("/models", tags=["models"])
 def models(service: Here) -> list[dict[str, Any]]:
     """The catalogue, with what is here of it."""
-    return [service.app.describe(model) for model in service.app.catalog.models]
+    return service.described()
 
 
 @api.get("/models/{model}", tags=["models"])
 def model(model: str, service: Here) -> dict[str, Any]:
     """All that is known of one model."""
     entry = service.app.catalog.find(model)
-    return entry.model_dump(mode="json") | service.app.describe(entry)
+    return entry.model_dump(mode="json") | service.app.describe(entry, service.app.seen())
 
 
 @api.post("/models/{model}/download", status_code=202, tags=["models"])

@@ -100,12 +100,8 @@ def tools(service: Service, hub: Hub) -> "MCPServer[Any]":
     @server.tool(name="models")
     async def models() -> dict[str, Any]:
         """The models: which are here, what they do, their licences."""
-
-        def described() -> list[dict[str, Any]]:
-            return [service.app.describe(model) for model in service.app.catalog.models]
-
         default = await asyncio.to_thread(service.default_model)
-        return {"default": default, "models": await asyncio.to_thread(described)}
+        return {"default": default, "models": await asyncio.to_thread(service.described)}
 
     return server
 

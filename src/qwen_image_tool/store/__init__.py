@@ -117,7 +117,7 @@ def _running(folder: Path, record: Record, model: Model, parts: Parts) -> str:
     if OWN in record.variants:
         return OWN
     if not record.variants:
-        raise ModelMissing(f"Of {model.name} only {', '.join(record.imported)} is here.", hint)
+        raise ModelMissing(f"Of {model.name} only {', '.join(record.taken)} is here.", hint)
     why = ""
     for name in record.variants:
         [(file, header)] = parts[transformer_folder(name)].weights.items()

@@ -16,6 +16,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_exp
 
 from qwen_image_tool.errors import Cancelled, DownloadFailed, Paused
 from qwen_image_tool.store.hub import Body, Hub, RemoteFile, Transient
+from qwen_image_tool.store.links import content
 from qwen_image_tool.store.record import BLOCK, Digest, Kept, partial_path, settle
 from qwen_image_tool.types import DownloadProgress, Event
 
@@ -172,7 +173,7 @@ def to_come(folder: Path, files: Iterable[Kept]) -> int:
 
 def _size(path: Path) -> int:
     try:
-        return path.stat().st_size
+        return content(path).stat().st_size
     except OSError:
         return 0
 
@@ -259,7 +260,9 @@ class _File:
         remote = RemoteFile(
             self._file.source, self._file.size, self._file.sha256, self._file.git_sha1
         )
-        with self._hub.open(self._file.repo, self._file.revision, remote, self._size) as body:
+        ours = self._file.hub == self._hub.kind  # the other hub has the content, not the commit
+        revision = self._file.revision if ours else self._hub.branch
+        with self._hub.open(self._file.repo, revision, remote, self._size) as body:
             for piece in _from_offset(body, self._size):
                 self._control.check()
                 self._take(stream, piece[: self._file.size - self._size])

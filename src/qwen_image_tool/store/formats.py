@@ -19,6 +19,13 @@ SIGNS = ("img_in.weight", "decoder.conv_in.weight", "decoder.conv1.weight")  # i
 WIDTHS: dict[int, Family] = {3072: "qwen-image", 4096: "qwen-image-2.1"}
 TEXT_WIDTHS: dict[int, Family] = {3584: "qwen-image", 4096: "qwen-image-2.1"}
 Kind = Literal["transformer", "text_encoder", "vae", "lora", "controlnet"]
+WORDS: dict[Kind, str] = {
+    "transformer": "transformer",
+    "text_encoder": "text encoder",
+    "vae": "VAE",
+    "lora": "LoRA",
+    "controlnet": "ControlNet",
+}
 RUNNING = ("BF16", "F16", "F32")  # storage that the engine computes from
 FUSED, GATE, UP = "img_mlp.gate_up.", "img_mlp.gate_layer.", "img_mlp.proj."
 
@@ -57,6 +64,32 @@ OUTSIDE: dict[Family, tuple[str, ...]] = {
 }
 LATENT_CHANNELS: dict[Family, int] = {"qwen-image": 16, "qwen-image-2.1": 64}
 BLOCKS = {3072: 60, 4096: 32}  # of the published transformers, by their width
+
+# Of a text encoder's tensors, behind one of these prefixes; what is written since transformers 4.52
+# has the second. The vision tower and the head are not read.
+TEXT_PREFIXES = ("model.", "model.language_model.")
+TEXT_OUTSIDE = _weights("embed_tokens", "norm")
+TEXT_PER_LAYER: dict[Family, tuple[str, ...]] = {
+    "qwen-image": (
+        *_pairs("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        *_weights("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+        *_weights("input_layernorm", "post_attention_layernorm"),
+    ),
+    "qwen-image-2.1": _weights(
+        *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+        *("self_attn.q_norm", "self_attn.k_norm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+        *("input_layernorm", "post_attention_layernorm"),
+    ),
+}
+TEXT_LAYERS = {3584: 28, 4096: 36}  # of the published text encoders, by their width
+
+# What can't be taken from another program, and what to do instead
+NOT_TAKEN: dict[Kind, str] = {
+    "lora": "LoRAs can't be used yet. Nothing was taken.",
+    "controlnet": "ControlNets can't be used yet. Nothing was taken.",
+    "vae": "Nothing need be done: `qit models download` links this file where it is the published"
+    " one, and fetches that (a small one) where it is not.",
+}
 
 # Part of a key -> the format it gives away, and why it can't be read. The first match counts.
 UNREADABLE = (
@@ -181,31 +214,38 @@ def describe(path: Path, header: Header) -> Checkpoint:
     )
 
 
-def readable(path: Path) -> Checkpoint:
-    """Like `recognise`, and raises ModelUnsupported with the reason where it can't be read yet."""
-    found = recognise(path)
-    if found.unreadable:
-        raise ModelUnsupported(
-            f"{path} can't be read: it is in {found.unreadable}.",
-            "Take the bf16 or a GGUF file of the same model: `qit models show` lists them.",
-        )
-    return found
-
-
 def check_whole(path: Path) -> None:
-    """Raises ModelBroken where the transformer in one file lacks a tensor that every one of its
-    family has. How many blocks it has, its width says, else the last of them."""
+    """Raises ModelBroken where the transformer or text encoder in one file lacks a tensor that
+    every one of its family has. How many blocks it has, its width says, else the last of them."""
     header = read_header(path)
     found = describe(path, header)
-    names = model_keys(header.tensors)
-    width = header.tensors[names["img_in.weight"].key].shape[0]
-    if lost := lacking(names, found.family, BLOCKS.get(width) or _count_blocks(names)):
+    is_text = found.kind == "text_encoder"
+    lost = (_text_lacking if is_text else _transformer_lacking)(header, found.family)
+    if lost:
         raise ModelBroken(
             "missing",
-            f"{path} is not a whole transformer: {len(lost)} tensors are missing, the first is"
-            f" {lost[0]}.",
+            f"{path} is not a whole {WORDS[found.kind]}: {len(lost)} tensors are missing, the first"
+            f" is {lost[0]}.",
             GET_AGAIN,
         )
+
+
+def _transformer_lacking(header: Header, family: Family) -> list[str]:
+    names = model_keys(header.tensors)
+    width = header.tensors[names["img_in.weight"].key].shape[0]
+    return lacking(names, family, BLOCKS.get(width) or _count(names, "transformer_blocks."))
+
+
+def _text_lacking(header: Header, family: Family) -> list[str]:
+    """Under the names that the engine reads."""
+    names = header.tensors
+    prefix = next((p for p in TEXT_PREFIXES if f"{p}embed_tokens.weight" in names), "")
+    width = names[f"{prefix}embed_tokens.weight"].shape[1] if prefix else 0
+    count = TEXT_LAYERS.get(width) or _count(names, f"{prefix}layers.")
+    wanted = [prefix + name for name in TEXT_OUTSIDE]
+    layer = TEXT_PER_LAYER[family]
+    wanted += [f"{prefix}layers.{number}.{name}" for number in range(count) for name in layer]
+    return [name for name in wanted if name not in names]
 
 
 def check_transformer(
@@ -252,35 +292,55 @@ def lacking(names: Collection[str], family: Family, blocks: int) -> list[str]:
     return [name for name in (*OUTSIDE[family], *numbered) if name not in names]
 
 
-def _count_blocks(names: Iterable[str]) -> int:
-    """Up to the last; 1 where there is none, so that it is missed."""
-    parts = (name.split(".") for name in names if name.startswith("transformer_blocks."))
-    return 1 + max((int(p[1]) for p in parts if p[1].isdecimal() and len(p[1]) < 4), default=0)
+def _count(names: Iterable[str], start: str) -> int:
+    """How many there are, up to the last; 1 where there is none, so that it is missed."""
+    numbers = (name[len(start) :].split(".")[0] for name in names if name.startswith(start))
+    return 1 + max((int(n) for n in numbers if n.isdecimal() and len(n) < 4), default=0)
 
 
 def models_for(checkpoint: Checkpoint, catalog: Catalog) -> tuple[Model, ...]:
-    """The catalogue's models whose configuration fits a transformer; keys and shapes may fit
-    several, because some differences (Edit-2511's `zero_cond_t`) leave no trace in a file."""
-    return tuple(
-        model
-        for model in catalog.models
-        if model.repo
-        and model.family == checkpoint.family
-        and checkpoint.layered == bool(model.transformer_config.get("use_additional_t_cond"))
-        and (not checkpoint.zero_cond_t or model.transformer_config.get("zero_cond_t"))
+    """The catalogue's models that it fits: keys and shapes may fit several, because some
+    differences (Edit-2511's `zero_cond_t`) leave no trace in a file."""
+    return tuple(model for model in catalog.models if model.repo and fits(checkpoint, model))
+
+
+def fits(checkpoint: Checkpoint, model: Model) -> bool:
+    """Whether it may be weights of `model`: its family, and of transformers its configuration."""
+    if checkpoint.family != model.family or checkpoint.kind not in model.components:
+        return False
+    config = model.transformer_config
+    return checkpoint.kind != "transformer" or (
+        checkpoint.layered == bool(config.get("use_additional_t_cond"))
+        and (not checkpoint.zero_cond_t or bool(config.get("zero_cond_t")))
     )
 
 
-def check_model(checkpoint: Checkpoint, model: Model, catalog: Catalog) -> None:
+def check_taken(checkpoint: Checkpoint) -> None:
+    """Raises ModelUnsupported, with the reason and what to do, where this version takes no such
+    file."""
+    if checkpoint.kind in NOT_TAKEN:
+        raise ModelUnsupported(
+            f"{checkpoint.path} is a {WORDS[checkpoint.kind]} of the {checkpoint.family} family.",
+            NOT_TAKEN[checkpoint.kind],
+        )
+    if checkpoint.kind == "text_encoder" and checkpoint.unsupported:
+        raise ModelUnsupported(
+            f"{checkpoint.path} can't be used. {checkpoint.unsupported}",
+            "`qit models download` fetches the published text encoder.",
+        )
+    if checkpoint.unreadable:
+        raise ModelUnsupported(
+            f"{checkpoint.path} can't be read: it is in {checkpoint.unreadable}.",
+            "Take the bf16 or a GGUF file of the same model: `qit models show` lists them.",
+        )
+
+
+def check_model(checkpoint: Checkpoint, model: Model) -> None:
     """Raises BadRequest where `checkpoint` can't be weights of `model`."""
-    if checkpoint.kind == "transformer":
-        fits = model in models_for(checkpoint, catalog)
-    else:
-        fits = checkpoint.family == model.family and checkpoint.kind in model.components
-    if not fits:
+    if not fits(checkpoint, model):
         raise BadRequest(
-            f"{checkpoint.path} holds a {checkpoint.kind} of {checkpoint.family}, which does not"
-            f" fit {model.name}.",
+            f"{checkpoint.path} holds a {WORDS[checkpoint.kind]} of {checkpoint.family}, which does"
+            f" not fit {model.name}.",
             "Its keys and shapes say so, whatever its name.",
         )
 

@@ -1,25 +1,28 @@
 """The model hub: which files a repository has, and their bytes from any offset on.
 
 Speaks HTTP through huggingface_hub's client and turns its errors into ours. Every redirect is
-looked at before it is followed: https only, no private address, and no token off the hub.
+looked at before it is followed: https only, no private address, and no token off the hub; and so is
+the address that answers.
 Plain HTTP is used on purpose, not xet: it resumes at the byte where it stopped.
 """
 
+import contextlib
 import ipaddress
 import os
+import re
 import socket
 import ssl
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 from urllib.parse import quote, urljoin, urlsplit
 
 from pydantic import BaseModel, Field, ValidationError
 
 from qwen_image_tool.errors import BadRequest, DownloadFailed, FailureKind
+from qwen_image_tool.store.record import HubKind
 
 if TYPE_CHECKING:
     import httpx2
@@ -32,6 +35,8 @@ MAX_LISTING = 16 << 20  # bytes of JSON
 MAX_RETRY_AFTER = 120.0  # seconds
 PIECE = 256 << 10  # bytes; a processor's own cache holds them from the socket to disk and hash
 BREATH = 0.25  # seconds of silence after which the reader may look at something else
+COMMIT = re.compile(r"[0-9a-f]{40}")
+PROXY_PORTS = {"https": 443, "socks5": 1080, "socks5h": 1080}  # where none is given; else 80
 TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 WINDOWS_NAMES = {
     "con",
@@ -64,11 +69,12 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Listing:
-    """A repository at one commit."""
+    """A repository of a hub at one commit; at a branch, where the hub does not tell its commit."""
 
     repo: str
     revision: str
     files: dict[str, RemoteFile] = field(default_factory=dict)
+    hub: HubKind = "huggingface"
 
 
 Sha256 = Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]  # it names a file on disk
@@ -102,8 +108,15 @@ class _ScopeFile(BaseModel):
     sha256: Sha256 | None = Field(default=None, alias="Sha256")
 
 
+class _ScopeCommit(BaseModel):
+    id: str | None = Field(default=None, alias="Id")
+
+
 class _ScopeFiles(BaseModel):
+    """`last`: the commit that is listed; its id may be empty."""
+
     files: list[_ScopeFile] = Field(alias="Files")
+    last: _ScopeCommit | None = Field(default=None, alias="LatestCommitter")
 
 
 class _ScopeRepo(BaseModel):
@@ -130,9 +143,14 @@ class Hub:
 
     endpoint: str = HUGGING_FACE
     token: str | None = None
-    kind: Literal["huggingface", "modelscope"] = "huggingface"
+    kind: HubKind = "huggingface"
     local: bool = False
     stall_seconds: float = 30.0
+
+    @property
+    def branch(self) -> str:
+        """What a repository's main branch is called."""
+        return "master" if self.kind == "modelscope" else "main"
 
     def list(self, repo: str, revision: str = "") -> Listing:
         """The repository's files at `revision`, or at its current commit.
@@ -140,22 +158,26 @@ class Hub:
         Raises Transient and DownloadFailed.
         """
         if self.kind == "modelscope":
-            return self._list_modelscope(repo, revision or "master")
+            return self._list_modelscope(repo, revision or self.branch)
         path = f"/api/models/{quote(repo)}"
         path += f"/revision/{quote(revision, safe='')}" if revision else ""
         found = self._answer(_Repo, f"{self.endpoint}{path}?blobs=true", repo)
         files = [_remote(sibling) for sibling in found.siblings]
-        return Listing(repo, found.sha or revision, {file.path: file for file in files})
+        commit = found.sha or revision or self.branch
+        return Listing(repo, commit, {file.path: file for file in files})
 
     def _list_modelscope(self, repo: str, revision: str) -> Listing:
         url = f"{self.endpoint}/api/v1/models/{quote(repo)}/repo/files"
         url += f"?Revision={quote(revision, safe='')}&Recursive=true"
+        found = self._answer(_ScopeRepo, url, repo).data
         files = [
             RemoteFile(safe_name(entry.path), _or_unknown(entry.size), entry.sha256 or "")
-            for entry in self._answer(_ScopeRepo, url, repo).data.files
+            for entry in found.files
             if entry.type == "blob"
         ]
-        return Listing(repo, revision, {file.path: file for file in files})
+        commit = found.last.id if found.last else None
+        known = commit if commit and COMMIT.fullmatch(commit) else revision
+        return Listing(repo, known, {file.path: file for file in files}, "modelscope")
 
     def _answer(self, form: type[Form], url: str, repo: str) -> Form:
         try:
@@ -194,7 +216,7 @@ class Hub:
         middle = "/models" if self.kind == "modelscope" else ""
         return f"{self.endpoint}{middle}/{quote(repo)}/resolve/{commit}/{name}"
 
-    @contextmanager
+    @contextlib.contextmanager
     def open(self, repo: str, revision: str, file: RemoteFile, offset: int = 0) -> Iterator[Body]:
         """The file's bytes from `offset` on. Raises Transient and DownloadFailed."""
         headers = {"Range": f"bytes={offset}-"} if offset else {}
@@ -207,7 +229,7 @@ class Hub:
                 raise Transient("server", f"the server sent the wrong part of {file.path}")
             yield Body(start, _pieces(response, self.stall_seconds))
 
-    @contextmanager
+    @contextlib.contextmanager
     def _get(
         self, url: str, headers: dict[str, str], repo: str, file: RemoteFile | None = None
     ) -> Iterator["httpx2.Response"]:
@@ -223,6 +245,7 @@ class Hub:
             with _translated(url):
                 response = client.send(request, stream=True, follow_redirects=False)
             try:
+                self._check_peer(url, response)
                 if file:
                     _check_etag(response, file)
                 if not response.has_redirect_location:
@@ -241,22 +264,42 @@ class Hub:
 
     def _check_address(self, url: str) -> None:
         """Raises DownloadFailed where a redirect leads off https or to a private address."""
-        if self.local or _origin(url) == _origin(self.endpoint):
+        if self._is_trusted(url):
             return
         parts = urlsplit(url)
         if parts.scheme != "https":
             raise DownloadFailed("redirect", f"{self.endpoint} redirects to {url}.", NOT_SAFE)
-        if urllib.request.getproxies():  # the proxy resolves names, and decides where they lead
+        try:
+            with _translated(url):
+                found = _addresses(parts.hostname, parts.port or 443)
+        except Transient:
+            if not _proxy_urls():
+                raise
+            found = set()  # a name that the proxy alone can resolve
+        for address in found:
+            self._check_public(address)
+
+    def _check_peer(self, url: str, response: "httpx2.Response") -> None:
+        """A name may lead elsewhere a moment after it was looked up: who answered counts. A proxy
+        of the user's may be anywhere."""
+        stream = response.extensions.get("network_stream")
+        if self._is_trusted(url) or stream is None:
             return
-        with _translated(url):
-            found = socket.getaddrinfo(parts.hostname, parts.port or 443, type=socket.SOCK_STREAM)
-        for *_, address in found:
-            if not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_global:
-                raise DownloadFailed(
-                    "redirect",
-                    f"{self.endpoint} redirects to the private address {address[0]}.",
-                    NOT_SAFE,
-                )
+        address, port, *_ = stream.get_extra_info("server_addr")
+        if (address, port) not in _proxies():
+            self._check_public(address)
+
+    def _is_trusted(self, url: str) -> bool:
+        """The hub that the user chose, wherever it is."""
+        return self.local or _origin(url) == _origin(self.endpoint)
+
+    def _check_public(self, address: str) -> None:
+        if not ipaddress.ip_address(address.partition("%")[0]).is_global:
+            raise DownloadFailed(
+                "redirect",
+                f"{self.endpoint} redirects to the private address {address}.",
+                NOT_SAFE,
+            )
 
 
 LATER = "Try again later: what came is kept."
@@ -266,9 +309,7 @@ OTHER_SOURCE = (
 NOT_SAFE = "Nothing was fetched from there. Check the network, or HF_ENDPOINT."
 
 
-def connect(
-    source: Literal["huggingface", "modelscope"] = "huggingface", local: bool = False
-) -> Hub:
+def connect(source: HubKind = "huggingface", local: bool = False) -> Hub:
     """The hub that the settings name; HF_ENDPOINT moves Hugging Face to a mirror.
 
     The user's token goes to Hugging Face itself and to no mirror. Raises BadRequest.
@@ -309,6 +350,27 @@ def safe_name(path: str) -> str:
             "bad name", f"The repository has a file of the name {path!r}.", "It was not fetched."
         )
     return path
+
+
+def _addresses(host: str | None, port: int) -> set[str]:
+    """Raises OSError."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return {str(address[0]) for *_, address in found}
+
+
+def _proxies() -> set[tuple[str, int]]:
+    """Addresses and ports of the proxies that are set."""
+    found = set()
+    for url in _proxy_urls():
+        with contextlib.suppress(OSError, ValueError):  # not one that anything goes through
+            parts = urlsplit(url if "://" in url else f"http://{url}")
+            port = parts.port or PROXY_PORTS.get(parts.scheme, 80)
+            found |= {(address, port) for address in _addresses(parts.hostname, port)}
+    return found
+
+
+def _proxy_urls() -> list[str]:
+    return [url for kind, url in urllib.request.getproxies().items() if kind != "no"]
 
 
 def _origin(url: str) -> tuple[str, str | None, int | None]:
@@ -437,7 +499,7 @@ def _from_socket(source: socket.socket, left: int, stall_seconds: float) -> Iter
         yield buffer[:count]
 
 
-@contextmanager
+@contextlib.contextmanager
 def _translated(where: str) -> Iterator[None]:
     """The client's errors as ours: what may go away is Transient."""
     import httpx2

@@ -4,18 +4,15 @@ One folder a model in the diffusers layout. Files that several models share (Tur
 2.1's) are hard links to one content, so each folder is whole and the disk holds it once.
 """
 
-import os
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
-from qwen_image_tool.catalog import Catalog, Licence, Model, Variant
+from qwen_image_tool.catalog import Catalog, Model
 from qwen_image_tool.errors import (
     BadRequest,
     Cancelled,
@@ -23,13 +20,25 @@ from qwen_image_tool.errors import (
     LicenceNotAccepted,
     ModelBroken,
     ModelMissing,
-    ModelUnsupported,
 )
 from qwen_image_tool.store import verify
-from qwen_image_tool.store.download import Control, Effort, Progress, check_space, fetch, to_come
-from qwen_image_tool.store.formats import RUNNING, check_model, check_whole, readable
-from qwen_image_tool.store.hub import OTHER_SOURCE, Hub, Listing, RemoteFile, Transient
+from qwen_image_tool.store.download import Control, Effort, Progress, fetch, to_come
+from qwen_image_tool.store.formats import (
+    NOT_TAKEN,
+    RUNNING,
+    WORDS,
+    Checkpoint,
+    check_model,
+    check_taken,
+    check_whole,
+    fits,
+    recognise,
+)
+from qwen_image_tool.store.hub import Hub
+from qwen_image_tool.store.licences import Accepted, Licences
+from qwen_image_tool.store.links import content, delete, link, names
 from qwen_image_tool.store.places import Elsewhere
+from qwen_image_tool.store.published import licence_text, list_files, model_files, variant_file
 from qwen_image_tool.store.record import (
     IMPORTED,
     OWN,
@@ -39,29 +48,16 @@ from qwen_image_tool.store.record import (
     digest_file,
     partial_path,
     read_record,
-    settle,
     transformer_folder,
     write_record,
 )
 from qwen_image_tool.store.verify import Fault
-from qwen_image_tool.types import Event, Notice, Value
+from qwen_image_tool.types import Event, Notice, VerifyProgress
 
-TEXTS = (".json", ".txt", ".jinja", ".model")
-MAX_LICENCE = 1 << 20  # bytes
 PAUSE_POLL = 0.3  # seconds
-TRIES = 5
+BY_NOTE = ("transformer", "text_encoder", "variants")  # what the engine's own reader opens
 
 Emit = Callable[[Event], None]
-Answer = TypeVar("Answer")
-
-
-class Accepted(Value):
-    """A licence the user agreed to, as it stood then."""
-
-    licence: str
-    url: str
-    at: datetime
-    text: str
 
 
 class Library:
@@ -79,6 +75,7 @@ class Library:
         self._connect = connect
         self._elsewhere = elsewhere or Elsewhere()
         self._effort = effort or Effort()
+        self._licences = Licences(models / "licences")
 
     def folder(self, model: Model) -> Path:
         return self.models / model.id
@@ -88,9 +85,27 @@ class Library:
         return read_record(self.folder(model))
 
     def variants(self, model: Model) -> tuple[str, ...]:
-        """Of its transformer, that were downloaded or imported."""
+        """Of its transformer, that were downloaded or imported; then another imported part."""
         record = _record_or_none(self.folder(model))
-        return tuple(dict.fromkeys((*record.variants, *record.imported))) if record else ()
+        return tuple(dict.fromkeys((*record.variants, *record.taken))) if record else ()
+
+    def revision(self, model: Model) -> str:
+        """The commit that was downloaded; "" where none was."""
+        record = _record_or_none(self.folder(model))
+        return record.revision(model.repo) if record else ""
+
+    def usable(self, model: Model) -> tuple[Checkpoint, ...]:
+        """Weight files of other programs that keys and shapes make parts of `model` which this
+        version reads."""
+        found = []
+        for path in self._elsewhere.weight_files():
+            try:
+                each = recognise(path)
+            except BadRequest:
+                continue
+            if each.kind not in NOT_TAKEN and fits(each, model) and not each.unsupported:
+                found.append(each)
+        return tuple(found)
 
     # -- download ----------------------------------------------------------------------------
 
@@ -102,25 +117,28 @@ class Library:
         control: Control | None = None,
         accept_licence: bool = False,
         again: bool = False,
+        update: bool = False,
     ) -> Path:
         """Make `model` complete on this computer and return its folder.
 
-        Goes on where an earlier download stopped, and links what the disk already has. Where a
-        transformer was imported and no `variant` is named, the rest is fetched around that one.
-        `again` deletes what was fetched first. Raises LicenceNotAccepted, DownloadFailed, Paused or
-        Cancelled.
+        Goes on where an earlier download stopped, at the revision of that one, and links what the
+        disk already has. Where a transformer was imported and no `variant` is named, the rest is
+        fetched around that one. `again` deletes what was fetched first; `update` goes on to the
+        hub's current revision, deletes what that changes and fetches the new. Raises
+        LicenceNotAccepted, DownloadFailed, Paused or Cancelled.
         """
         control = control or Control()
         name = self._variant_name(model, variant)
         _check_published(model)
-        self._check_licence(model, accept_licence)
         folder = self.folder(model)
+        if again or update or not self._is_planned(_record_or_none(folder), model, name):
+            self._check_licence(model, accept_licence)
         with self._locked(folder):
             if again:
                 self._forget_fetched(folder)
             try:
                 with _pausable(folder, control):
-                    record = self._plan(folder, model, name)
+                    record = self._plan(folder, model, name, update, emit)
                     self._complete(folder, record, emit, control)
             except Cancelled:
                 shutil.rmtree(folder / PRIVATE / "partial", ignore_errors=True)
@@ -168,33 +186,56 @@ class Library:
         found = model.variant(variant)
         return found.id if found else OWN
 
-    def _plan(self, folder: Path, model: Model, name: str) -> Record:
-        """The files to have with the variant `name`, pinned: an earlier record's stay as they are.
-        Written to disk."""
+    @staticmethod
+    def _is_planned(record: Record | None, model: Model, name: str) -> bool:
+        """Whether the record names all that `model` with the variant `name` needs."""
+        if record is None or name not in record.variants:
+            return False
+        others = [part for part in model.components if part != "transformer"]
+        return all(record.within(part) for part in others)
+
+    def _plan(self, folder: Path, model: Model, name: str, update: bool, emit: Emit) -> Record:
+        """The files to have with the variant `name`, pinned: an earlier record's stay as they are,
+        unless `update`. Written to disk."""
         old = read_record(folder) or Record(model=model.id)
-        if name in old.variants:
+        if self._is_planned(old, model, name) and not update:
             return old
-        hub = self._connect()
-        files = {file.path: file for file in old.files}
-        listing = self._pinned_listing(hub, model, old)
-        for file in _model_files(model, listing, name):
-            files.setdefault(file.path, file)
-        if name not in old.imported and (variant := model.variant(name)):
-            found = _variant_file(variant, _list(hub, variant.repo))
-            files[found.path] = found
+        variants = tuple(dict.fromkeys((*old.variants, name)))
+        wanted = variants if update else (name,)
+        files = {file.path: file for file in self._published(model, old, wanted, update)}
+        files |= {file.path: file for file in old.files if not update or not file.repo}
+        if update:
+            emit(Notice(text=_what_changes(model, old, files)))
+            _retire(folder, files, old)
         self._distrust_strangers(folder, files, old)
         record = Record(
             model=model.id,
-            variants=(*old.variants, name),
+            variants=variants,
             files=tuple(files[path] for path in sorted(files)),
         )
         folder.mkdir(parents=True, exist_ok=True)
         write_record(folder, record)
         return record
 
-    def _pinned_listing(self, hub: Hub, model: Model, old: Record) -> Listing:
-        pinned = next((f.revision for f in old.files if f.repo == model.repo), model.revision)
-        return _list(hub, model.repo, pinned)
+    def _published(
+        self, model: Model, old: Record, names: Iterable[str], update: bool
+    ) -> Iterator[Kept]:
+        """The hub's files of these variants, but for what other programs' files stand for."""
+        hub = self._connect()
+        listing = list_files(hub, model.repo, self._revision(hub, model, old, update))
+        for name in names:
+            yield from model_files(model, listing, name, old.parts)
+            if name not in old.imported and (variant := model.variant(name)):
+                yield variant_file(variant, list_files(hub, variant.repo))
+
+    @staticmethod
+    def _revision(hub: Hub, model: Model, old: Record, update: bool) -> str:
+        """The earlier download's, else the catalogue's, which is Hugging Face's; "" is the hub's
+        current one. A commit of one hub is unknown to the other."""
+        for file in old.files:
+            if file.repo == model.repo and file.hub == hub.kind and not update:
+                return file.revision
+        return model.revision if hub.kind == "huggingface" else ""
 
     @staticmethod
     def _distrust_strangers(folder: Path, files: dict[str, Kept], old: Record) -> None:
@@ -202,8 +243,8 @@ class Library:
         known = {file.path for file in old.files}
         for file in files.values():
             path = folder / file.path
-            if file.path not in known and path.is_file() and not _is(path, file):
-                path.unlink()
+            if file.path not in known and content(path).is_file() and not _is(path, file):
+                delete(path)
 
     def _complete(self, folder: Path, record: Record, emit: Emit, control: Control) -> None:
         progress = Progress(record.model, sum(file.size for file in record.files), emit)
@@ -214,14 +255,15 @@ class Library:
             else:
                 wanted.append(file)
         left = list(self._adopt(folder, wanted, progress, emit, control))
+        self._point_out(record, left, emit)
         for file in left:
             if not file.repo:
                 raise DownloadFailed(
                     "not found",
                     f"{folder / file.path} was imported from {file.source}, which is not that file"
                     " any more.",
-                    f"Import it again, or delete it with `qit models remove {record.model}"
-                    f" --variant {file.path.split('/')[1]}`.",
+                    f"Import it again, or give it up with `qit models remove {record.model}"
+                    f" --variant {record.taken_as(file)}`.",
                 )
         if left:
             fetch(self._connect(), folder, left, progress, control, self._effort)
@@ -245,11 +287,20 @@ class Library:
             candidates += [] if file.repo else [(Path(file.source), False)]
             candidates += [(path, False) for path in foreign.get(file.size, ())]
             source = next(((p, own) for p, own in candidates if _is(p, file)), None)
-            if source is None or not _link(*source, folder / file.path, partial):
+            if source is None or not link(*source, folder / file.path, partial, _by_note(file)):
                 yield file
                 continue
             progress.have(file.size, file.path)
             emit(Notice(text=f"{file.path}: already on this computer ({source[0]})."))
+
+    def _point_out(self, record: Record, left: Iterable[Kept], emit: Emit) -> None:
+        """Weights that are about to be fetched, and may be here in another program's file."""
+        places = {file.path.split("/")[0] for file in left if file.is_weights}
+        for found in self.usable(self.catalog.find(record.model)) if places else ():
+            if found.kind in places:
+                text = f"{found.path} may be its {WORDS[found.kind]}: keys and shapes fit."
+                way = f'`qit models import "{found.path}" --as {record.model}`'
+                emit(Notice(text=f"{text} If it is, stop this, and {way} uses it where it lies."))
 
     def _our_files(self) -> dict[str, list[Path]]:
         """The other models' files by content."""
@@ -267,46 +318,39 @@ class Library:
     def licence_text(self, model: Model) -> str:
         """The licence's own text from the model's repository; its name and address where the
         repository has none. Raises DownloadFailed."""
-        licence = self.catalog.licence_of(model)
-        hub = self._connect()
-        listing = _list(hub, model.repo, model.revision)
-        names = [n for n in listing.files if n.split(".")[0].upper() in ("LICENSE", "LICENCE")]
-        if not names or not 0 <= listing.files[names[0]].size <= MAX_LICENCE:
-            return f"{licence.name}\n{licence.url}"
-        return _small_text(hub, listing, listing.files[names[0]])
+        licence, hub = self.catalog.licence_of(model), self._connect()
+        revision = self._revision(hub, model, Record(model=model.id), update=True)
+        text = licence_text(hub, list_files(hub, model.repo, revision))
+        return text or f"{licence.name}\n{licence.url}"
 
     def accepted(self, model: Model) -> Accepted | None:
-        try:
-            return Accepted.from_json(self._acceptance(model).read_bytes())
-        except (OSError, ValueError):
-            return None
-
-    def _acceptance(self, model: Model) -> Path:
-        return self.models / "licences" / f"{model.licence}.json"
+        """The wording of the model's licence that was agreed to last."""
+        found = self._licences.accepted(model.licence)
+        return found[-1] if found else None
 
     def _check_licence(self, model: Model, accept: bool) -> None:
-        licence = self.catalog.licence_of(model)
-        if licence.commercial or self.accepted(model):
+        """Free ones need nothing; of others each wording is agreed to. Raises
+        LicenceNotAccepted."""
+        licence, known = self.catalog.licence_of(model), self._licences.accepted(model.licence)
+        if licence.commercial:
             return
-        if not accept:
+        if not known and not accept:
             raise LicenceNotAccepted(
                 f"{model.name} is under the {licence.name}, which allows no commercial use:"
                 f" {licence.url}.",
                 "Read it, and add --yes-license if you agree.",
             )
-        self._remember(model, licence)
-
-    def _remember(self, model: Model, licence: Licence) -> None:
-        path = self._acceptance(model)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        accepted = Accepted(
-            licence=licence.name,
-            url=licence.url,
-            at=datetime.now(UTC),
-            text=self.licence_text(model),
-        )
-        path.with_suffix(".tmp").write_text(accepted.to_json(), encoding="utf-8")
-        settle(path.with_suffix(".tmp"), path)
+        text = self.licence_text(model)
+        if text in [each.text for each in known]:
+            return
+        if not accept:
+            raise LicenceNotAccepted(
+                f"The {licence.name} of {model.name} reads otherwise than when you agreed to it on"
+                f" {known[-1].at:%Y-%m-%d}: {licence.url}.",
+                "Read it again, and add --yes-license if you agree.",
+            )
+        with _writing(self.models):
+            self._licences.remember(model.licence, licence, text)
 
     # -- verify, repair, remove --------------------------------------------------------------
 
@@ -359,7 +403,7 @@ class Library:
         with self._locked(folder), _pausable(folder, control):
             for fault in faults:
                 if fault.path in known:
-                    (folder / fault.path).unlink(missing_ok=True)
+                    delete(folder / fault.path)
             self._complete(folder, record, emit, control)
         return faults
 
@@ -370,16 +414,18 @@ class Library:
         folder = self._existing(model)
         record = _record_or_none(folder)
         here = self.variants(model) if record else (OWN,)
-        if variant and self._variant_name(model, variant) not in here:
+        if variant and variant not in here:
+            variant = self._variant_name(model, variant)
+        if variant and variant not in here:
             raise BadRequest(
                 f"Of {model.name} no {variant} is here.", f"Here is: {', '.join(here) or 'none'}."
             )
         with self._locked(folder):
-            left = record and variant and self._without(record, self._variant_name(model, variant))
+            left = record and variant and self._without(record, variant)
             if record and left:
                 gone = {folder / file.path for file in record.files if file not in left.files}
                 write_record(folder, left)
-                freed = sum(_delete(path) for path in gone if path.exists())
+                freed = sum(delete(path) for path in gone)
                 for place in {path.parent for path in gone}:
                     if place.is_dir() and not any(place.iterdir()):
                         place.rmdir()
@@ -390,12 +436,14 @@ class Library:
 
     @staticmethod
     def _without(record: Record, variant: str) -> Record | None:
-        """The record without a variant; None where that leaves no transformer."""
-        start = transformer_folder(variant) + "/"
+        """The record without a variant, or an imported part; None where that leaves no
+        transformer."""
+        part = variant.removeprefix(IMPORTED)
+        start = (part if part in record.parts else transformer_folder(variant)) + "/"
         files = tuple(file for file in record.files if not file.path.startswith(start))
         names = tuple(name for name in record.variants if name != variant)
         left = Record(model=record.model, variants=names, files=files)
-        return left if names or left.imported else None
+        return left if names or left.taken else None
 
     def pause(self, model: Model) -> None:
         """Ask the process that downloads `model` to stop; it does within a second or so. Raises
@@ -408,49 +456,69 @@ class Library:
             )
         (folder / PRIVATE / "pause").touch()
 
-    def import_file(self, path: Path, model: Model) -> Path:
-        """Take a transformer's file of another program into `model`'s folder as a variant: linked
-        where the disk allows it, copied elsewhere. What it is, its keys and shapes say. `download`
-        then fetches what the model needs beside it.
+    def import_file(
+        self,
+        path: Path,
+        model: Model,
+        emit: Emit = lambda _: None,
+        is_cancelled: Callable[[], bool] = lambda: False,
+    ) -> Path:
+        """Take another program's file for `model`: a transformer as a variant, a text encoder in
+        place of the published one. It is used where it lies, and never changed. What it is, its
+        keys and shapes say. `download` then fetches what the model needs beside it.
 
-        Raises ModelBroken (also where tensors are missing), ModelUnsupported (can't be read yet)
-        and BadRequest (another model's).
+        It is read once, for its hash. Returns its name in the model's folder. Raises ModelBroken
+        (also where tensors are missing), ModelUnsupported (can't be read yet), BadRequest (another
+        model's) and Cancelled.
         """
-        found = readable(path)
-        if found.kind != "transformer":
-            raise ModelUnsupported(
-                f"{path} holds a {found.kind}, and only transformers can be imported.",
-                f"`qit models download {model.id}` fetches the other parts.",
-            )
-        check_model(found, model, self.catalog)
+        _check_published(model)
+        found = recognise(path)
+        check_taken(found)
+        check_model(found, model)
         check_whole(path)
-        folder, name = self.folder(model), IMPORTED + found.storage
-        target = folder / transformer_folder(name) / path.name
+        folder = self.folder(model)
+        is_part = found.kind != "transformer"
+        place = found.kind if is_part else transformer_folder(IMPORTED + found.storage)
+        target = folder / place / path.name
         with self._locked(folder):
-            file = Kept(
-                path=target.relative_to(folder).as_posix(),
-                repo="",
-                revision="",
-                source=str(path.resolve()),
-                size=path.stat().st_size,
-            )
-            file = file.model_copy(update={"sha256": digest_file(path, file)[0].hex})
             old = read_record(folder) or Record(model=model.id)
-            for earlier in old.weights(name):
-                (folder / earlier.path).unlink(missing_ok=True)
-            files = tuple(f for f in old.files if f not in old.weights(name))
-            if not _link(path, False, target, partial_path(folder, file)):
-                self._copy(path, target, folder, file)
+            if any(file.repo for file in old.weights(place)):
+                raise BadRequest(
+                    f"The {WORDS[found.kind]} that {model.name} is published with is here already.",
+                    "There is nothing to import.",
+                )
+            file = self._hashed(path, target.relative_to(folder), model, emit, is_cancelled)
+            for earlier in old.weights(place):
+                delete(folder / earlier.path)
+            with _writing(folder):
+                link(path, False, target, partial_path(folder, file), by_note=True)
+            files = tuple(f for f in old.files if f not in old.weights(place))
             write_record(folder, old.model_copy(update={"files": (*files, file)}))
         return target
 
     @staticmethod
-    def _copy(path: Path, target: Path, folder: Path, file: Kept) -> None:
-        check_space(folder, file.size)
-        partial = partial_path(folder, file)
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, partial)
-        settle(partial, target)
+    def _hashed(
+        path: Path, name: Path, model: Model, emit: Emit, is_cancelled: Callable[[], bool]
+    ) -> Kept:
+        """A file of another program as a record has it."""
+        size, done = path.stat().st_size, 0
+        file = Kept(
+            path=name.as_posix(), repo="", revision="", source=str(path.resolve()), size=size
+        )
+
+        def count(read: int) -> None:
+            nonlocal done
+            if is_cancelled():
+                raise Cancelled("Stopped.", "Nothing was changed.")
+            done += read
+            if done == size or done % verify.REPORT_EVERY < read:
+                emit(
+                    VerifyProgress(
+                        model=model.id, done_bytes=done, total_bytes=size, file=file.path
+                    )
+                )
+
+        return file.model_copy(update={"sha256": digest_file(path, file, count)[0].hex})
 
     def _existing(self, model: Model) -> Path:
         _check_published(model)
@@ -465,7 +533,7 @@ class Library:
         """Delete all but what was imported: nobody could bring that back."""
         record = _record_or_none(folder)
         imported = tuple(file for file in record.files if not file.repo) if record else ()
-        self._clear(folder, [folder / file.path for file in imported])
+        self._clear(folder, [name for file in imported for name in names(folder / file.path)])
         if record and imported:
             write_record(folder, Record(model=record.model, files=imported))
 
@@ -478,32 +546,65 @@ class Library:
                 if not any(path.iterdir()):
                     path.rmdir()
             elif path not in kept:
-                freed += _delete(path)
+                freed += delete(path)
         return freed
 
     @contextmanager
     def _locked(self, folder: Path) -> Iterator[None]:
         """One process at a time changes a model; a killed one's lock is void."""
         try:
-            (folder / PRIVATE).mkdir(parents=True, exist_ok=True)
-            lock = FileLock(folder / PRIVATE / "lock")
-            lock.acquire(timeout=0)
+            with _writing(folder):
+                (folder / PRIVATE).mkdir(parents=True, exist_ok=True)
+                lock = FileLock(folder / PRIVATE / "lock")
+                lock.acquire(timeout=0)
         except Timeout:
             raise DownloadFailed(
                 "locked",
                 f"Another process is working on {folder}.",
                 "Wait for it, or stop it with `qit models pause`.",
             ) from None
-        except OSError as error:
-            raise DownloadFailed(
-                "not writable",
-                f"{folder} can't be written ({error.strerror}).",
-                "Check who may write there, or set `models` in the config file.",
-            ) from error
         try:
             yield
         finally:
             lock.release()
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Raises DownloadFailed where `folder` can't be written."""
+    try:
+        yield
+    except Timeout:  # an OSError of its own meaning
+        raise
+    except OSError as error:
+        raise DownloadFailed(
+            "not writable",
+            f"{folder} can't be written ({error.strerror}).",
+            "Check who may write there, or set `models` in the config file.",
+        ) from error
+
+
+def _by_note(file: Kept) -> bool:
+    """Whether all that read the file follow notes: diffusers and transformers do not."""
+    return file.is_weights and file.path.split("/")[0] in BY_NOTE
+
+
+def _what_changes(model: Model, old: Record, files: dict[str, Kept]) -> str:
+    before = old.revision(model.repo)
+    after = next((file.revision for file in files.values() if file.repo == model.repo), "")
+    had = {file.path: file.identity for file in old.files}
+    changed = sum(had.get(path) != file.identity for path, file in files.items())
+    if not changed:
+        return f"{model.name} is at the current revision, {after}."
+    return f"{model.name} goes from revision {before or 'none'} to {after}: {changed} files change."
+
+
+def _retire(folder: Path, files: dict[str, Kept], old: Record) -> None:
+    """Delete what an update changes: a file of the same size could pass for the new one."""
+    for file in old.files:
+        new = files.get(file.path)
+        if new is None or new.identity != file.identity:
+            delete(folder / file.path)
 
 
 def _check_published(model: Model) -> None:
@@ -534,120 +635,9 @@ def _record_or_none(folder: Path) -> Record | None:
         return None
 
 
-def _insist(ask: Callable[[], Answer], what: str) -> Answer:
-    """The answer to a short question, after a few tries. Raises DownloadFailed."""
-    from tenacity import (
-        Retrying,
-        retry_if_exception_type,
-        stop_after_attempt,
-        wait_random_exponential,
-    )
-
-    tries = Retrying(
-        retry=retry_if_exception_type(Transient),
-        stop=stop_after_attempt(TRIES),
-        wait=wait_random_exponential(0.2, 10),
-        reraise=True,
-    )
-    try:
-        return tries(ask)
-    except Transient as error:
-        raise DownloadFailed(
-            error.kind,
-            f"{what} can't be read: {error}.",
-            "Check the connection. Where huggingface.co can't be reached, set HF_ENDPOINT to a"
-            " mirror, or source = 'modelscope' in the config file.",
-        ) from error
-
-
-def _list(hub: Hub, repo: str, revision: str = "") -> Listing:
-    return _insist(lambda: hub.list(repo, revision), f"The list of files of {repo}")
-
-
-def _small_text(hub: Hub, listing: Listing, file: RemoteFile) -> str:
-    def read() -> str:
-        with hub.open(listing.repo, listing.revision, file) as body:
-            return b"".join(map(bytes, body.pieces)).decode(errors="replace")
-
-    return _insist(read, file.path)
-
-
-def _model_files(model: Model, listing: Listing, variant: str) -> list[Kept]:
-    """The files of a repository that make up the model, but for the weights of its transformer
-    where those of another `variant` take their place.
-
-    Raises DownloadFailed where the repository lacks a part.
-    """
-    bare = variant != OWN
-    found = [file for file in listing.files.values() if _belongs(file.path, model, bare)]
-    paths = {file.path for file in found}
-    for name, part in model.components.items():
-        weights = any(p.startswith(f"{name}/") and p.endswith(".safetensors") for p in paths)
-        if part.bytes and not weights and not (bare and name == "transformer"):
-            raise _absent(f"{name}/*.safetensors", listing)
-    if "model_index.json" not in paths:
-        raise _absent("model_index.json", listing)
-    places = {"transformer/config.json": f"{transformer_folder(variant)}/config.json"}
-    return [_kept(file, places.get(file.path, file.path), listing) for file in found]
-
-
-def _belongs(path: str, model: Model, bare: bool) -> bool:
-    top, _, rest = path.partition("/")
-    if not rest:
-        return path == "model_index.json" or path.split(".", maxsplit=1)[0].upper() == "LICENSE"
-    if top not in model.components or "/" in rest:
-        return False
-    if bare and top == "transformer":
-        return rest == "config.json"
-    return rest.endswith((*TEXTS, ".safetensors"))
-
-
-def _variant_file(variant: Variant, listing: Listing) -> Kept:
-    """Exactly the named file: never another one in its place."""
-    matches = [
-        file
-        for path, file in listing.files.items()
-        if path == variant.file or path.endswith(f"/{variant.file}")
-    ]
-    if len(matches) != 1:
-        raise _absent(variant.file, listing)
-    name = matches[0].path.rpartition("/")[2]
-    return _kept(matches[0], f"{transformer_folder(variant.id)}/{name}", listing)
-
-
-def _absent(what: str, listing: Listing) -> DownloadFailed:
-    return DownloadFailed(
-        "not found",
-        f"{listing.repo} has no {what} at {listing.revision}.",
-        "Choose another variant, or update QwenImageTool. Nothing was fetched in its place.",
-    )
-
-
-def _kept(file: RemoteFile, path: str, listing: Listing) -> Kept:
-    """Raises DownloadFailed where nothing would prove that the file came whole."""
-    kept = Kept(
-        path=path,
-        repo=listing.repo,
-        revision=listing.revision,
-        source=file.path,
-        size=file.size,
-        sha256=file.sha256,
-        git_sha1=file.git_sha1,
-    )
-    if kept.size < 0 or (kept.is_weights and not kept.identity):
-        what = "size" if kept.size < 0 else "hash"
-        raise DownloadFailed(
-            "server",
-            f"The source gives no {what} for {file.path} of {listing.repo}, so nobody could prove"
-            " that it came whole.",
-            OTHER_SOURCE,
-        )
-    return kept
-
-
 def _size(path: Path) -> int:
     try:
-        return path.stat().st_size
+        return content(path).stat().st_size
     except OSError:
         return -1
 
@@ -656,34 +646,12 @@ def _is(path: Path, file: Kept) -> bool:
     """Whether the content of `path` is proven to be that of `file`."""
     try:
         return (
-            _size(path) == file.size and bool(file.identity) and digest_file(path, file)[0].agrees
+            _size(path) == file.size
+            and bool(file.identity)
+            and digest_file(content(path), file)[0].agrees
         )
     except OSError:
         return False
-
-
-def _link(source: Path, own: bool, target: Path, partial: Path) -> bool:
-    """Give `target` the content of `source` without a second copy. Where the disk has no hard
-    links, a file of another program is linked to; one of ours is not, because it may be deleted."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    source = source.resolve()
-    for link in (os.link,) if own else (os.link, os.symlink):
-        partial.unlink(missing_ok=True)
-        try:
-            link(source, partial)
-        except OSError:
-            continue
-        partial.replace(target)
-        return True
-    return False
-
-
-def _delete(path: Path) -> int:
-    """Bytes that became free: none where another name for the content is left."""
-    found = path.lstat()
-    path.unlink()
-    return found.st_size if found.st_nlink == 1 and not path.is_symlink() else 0
 
 
 @contextmanager

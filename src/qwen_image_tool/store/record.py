@@ -5,6 +5,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 from pydantic import ValidationError
 
@@ -19,8 +20,12 @@ BLOCK = 1 << 20  # bytes hashed at once
 _ZEROS = bytes(BLOCK)
 
 
+HubKind = Literal["huggingface", "modelscope"]
+
+
 class Kept(Value):
-    """One file: `path` in the model's folder, `source` in `repo` at `revision`."""
+    """One file: `path` in the model's folder, `source` in `repo` at `revision` of a `hub`. One of
+    another program has no `repo`, and in `source` its path."""
 
     path: str
     repo: str
@@ -29,6 +34,7 @@ class Kept(Value):
     size: int
     sha256: str = ""
     git_sha1: str = ""
+    hub: HubKind = "huggingface"
 
     @property
     def identity(self) -> str:
@@ -55,8 +61,30 @@ class Record(Value):
         found = {file.path.split("/")[1] for file in self.files if file.path.startswith(start)}
         return tuple(sorted(found))
 
-    def weights(self, variant: str) -> tuple[Kept, ...]:
-        return tuple(f for f in self.within(transformer_folder(variant)) if f.is_weights)
+    @property
+    def taken(self) -> tuple[str, ...]:
+        """All names of what other programs' files were taken for."""
+        return *self.imported, *(IMPORTED + name for name in self.parts)
+
+    @staticmethod
+    def taken_as(file: Kept) -> str:
+        """The one of `taken` that a file belongs to."""
+        top, name, *_ = file.path.split("/")
+        return name if top == VARIANTS else IMPORTED + top
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Components but the transformer that another program's file is taken for."""
+        mine = [f.path.split("/")[0] for f in self.files if not f.repo and f.is_weights]
+        return tuple(dict.fromkeys(name for name in mine if name != VARIANTS))
+
+    def revision(self, repo: str) -> str:
+        """The commit that the files of `repo` are of; "" where none is here."""
+        return next((file.revision for file in self.files if file.repo == repo), "")
+
+    def weights(self, place: str) -> tuple[Kept, ...]:
+        """The weight files of a sub-folder."""
+        return tuple(file for file in self.within(place) if file.is_weights)
 
     def within(self, place: str) -> tuple[Kept, ...]:
         """The files of a sub-folder."""

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from qwen_image_tool.errors import Cancelled, FaultKind, ModelBroken
-from qwen_image_tool.store.headers import SUFFIXES, Header, read_header
+from qwen_image_tool.store.headers import Header, read_header
+from qwen_image_tool.store.links import content, weight_files
 from qwen_image_tool.store.record import (
     VARIANTS,
     Kept,
@@ -104,11 +105,11 @@ def _read_component(folder: Path, prefix: str) -> Component:
     """Every weight file has a sound header, and holds the tensors its index says."""
     faults: list[Fault] = []
     headers: dict[str, Header] = {}
-    for file in sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES):
+    for name, file in weight_files(folder).items():
         try:
-            headers[file.name] = read_header(file)
+            headers[name] = read_header(file)
         except ModelBroken as error:
-            faults.append(Fault(path=prefix + file.name, kind=error.kind, message=error.message))
+            faults.append(Fault(path=prefix + name, kind=error.kind, message=error.message))
     known = {fault.path for fault in faults}
     named: set[str] = set()
     for index in sorted(folder.glob("*.safetensors.index.json")):
@@ -148,12 +149,14 @@ def _sizes(folder: Path, record: Record) -> Iterable[Fault]:
     for file in record.files:
         kind, what = _size_fault(folder, file)
         if kind:
-            yield Fault(path=file.path, kind=kind, message=f"The file {folder / file.path} {what}.")
+            path = content(folder / file.path)
+            yield Fault(path=file.path, kind=kind, message=f"The file {path} {what}.")
 
 
 def _size_fault(folder: Path, file: Kept) -> tuple[FaultKind | None, str]:
+    path = content(folder / file.path)
     try:
-        size = (folder / file.path).stat().st_size
+        size = path.stat().st_size
     except OSError:
         begun = partial_path(folder, file)
         if begun.exists():
@@ -162,7 +165,7 @@ def _size_fault(folder: Path, file: Kept) -> tuple[FaultKind | None, str]:
         return "missing", "is missing"
     if size == file.size:
         return None, ""
-    if file.is_weights and (kind := _impostor(folder / file.path)):
+    if file.is_weights and (kind := _impostor(path)):
         return kind
     kind_of_size: FaultKind = "truncated" if size < file.size else "too long"
     return kind_of_size, f"has {size} bytes, and {file.size} were published"
@@ -183,7 +186,7 @@ def _check_shards(
 ) -> list[Fault]:
     faults = []
     for name, tensors in shards.items():
-        path = folder / name
+        path = content(folder / name)
         if not path.is_file():
             message = f"The file {path} is missing."
             faults.append(Fault(path=prefix + name, kind="missing", message=message))
@@ -273,7 +276,7 @@ def _check_hash(
     folder: Path, file: Kept, record: Record, progress: Callable[[int], None]
 ) -> Fault | None:
     kind, what = _size_fault(folder, file)
-    path = folder / file.path
+    path = content(folder / file.path)
     if not kind:
         try:
             digest, zeros = digest_file(path, file, progress)

@@ -1,0 +1,73 @@
+"""The content of another file under a name of ours, without a second copy.
+
+A hard link where both lie on one volume. Else, for files of other programs, a symbolic link; where
+the system allows none (Windows, for most people), a note that says where the file lies, which
+`content` follows. Ours are not linked to that way: they may be deleted.
+"""
+
+import os
+from pathlib import Path
+
+from qwen_image_tool.store.headers import SUFFIXES
+
+NOTE = ".where"  # what the name of a note ends in
+
+
+def content(path: Path) -> Path:
+    """Where the content of `path` lies: there, or where a note in its place says."""
+    if path.exists():
+        return path
+    try:
+        return Path(_note(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return path
+
+
+def weight_files(folder: Path) -> dict[str, Path]:
+    """The weight files of a component by name, and where their content lies."""
+    names = sorted({path.name.removesuffix(NOTE) for path in folder.iterdir()})
+    return {name: content(folder / name) for name in names if Path(name).suffix in SUFFIXES}
+
+
+def link(source: Path, own: bool, target: Path, partial: Path, by_note: bool = False) -> bool:
+    """Give `target` the content of `source`, `own`: a file of ours; False where that takes a copy.
+    `partial` is a name on the target's volume that is free. `by_note`: those who read `target`
+    follow notes."""
+    for folder in (target.parent, partial.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    source = source.resolve()
+    for make in (os.link,) if own else (os.link, os.symlink):
+        partial.unlink(missing_ok=True)
+        try:
+            make(source, partial)
+        except OSError:
+            continue
+        partial.replace(target)
+        _note(target).unlink(missing_ok=True)
+        return True
+    if own or not by_note:
+        return False
+    partial.write_text(str(source), encoding="utf-8")
+    partial.replace(_note(target))
+    return True
+
+
+def delete(path: Path) -> int:
+    """Delete what has this name, but nothing that it leads to; returns the bytes that became free:
+    none where the content has another name."""
+    _note(path).unlink(missing_ok=True)
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return 0
+    path.unlink()
+    return found.st_size if found.st_nlink == 1 and not path.is_symlink() else 0
+
+
+def names(path: Path) -> tuple[Path, Path]:
+    """Of the file and of a note in its place."""
+    return path, _note(path)
+
+
+def _note(path: Path) -> Path:
+    return path.with_name(path.name + NOTE)
