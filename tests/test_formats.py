@@ -12,12 +12,17 @@ from diffusers import (
     QwenImage21Transformer2DModel,
     QwenImageTransformer2DModel,
 )
+from transformers import Qwen2_5_VLTextConfig, Qwen3VLTextConfig
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
 
 from qwen_image_tool.catalog import load_catalog
 from qwen_image_tool.errors import BadRequest, ModelBroken, ModelUnsupported
 from qwen_image_tool.store.formats import (
     OUTSIDE,
     PER_BLOCK,
+    TEXT_OUTSIDE,
+    TEXT_PER_LAYER,
     check_model,
     check_taken,
     check_whole,
@@ -223,6 +228,44 @@ def test_what_only_looks_like_a_model_is_refused(tmp_path: Path, write: Any, ten
 def test_the_needed_tensors_are_those_of_the_real_classes(tensors: Shapes, family: Any) -> None:
     blocks = {f"transformer_blocks.0.{name}" for name in PER_BLOCK[family]}
     assert blocks | set(OUTSIDE[family]) == set(tensors)
+
+
+@pytest.mark.parametrize(
+    ("build", "family"),
+    [
+        (lambda: Qwen2_5_VLTextModel(Qwen2_5_VLTextConfig(num_hidden_layers=1)), "qwen-image"),
+        (lambda: Qwen3VLTextModel(Qwen3VLTextConfig(num_hidden_layers=1)), "qwen-image-2.1"),
+    ],
+)
+def test_the_needed_tensors_of_text_encoders_are_those_of_the_real_classes(
+    build: Any, family: Any
+) -> None:
+    layer = {f"layers.0.{name}" for name in TEXT_PER_LAYER[family]}
+    assert layer | set(TEXT_OUTSIDE) == set(shapes(build))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message", "hint"),
+    [
+        (LORA, "is a LoRA of the qwen-image family", "LoRAs can't be used yet"),
+        (VAE20, "is a VAE of the qwen-image family", "qit models download"),
+        (VAE21, "is a VAE of the qwen-image-2.1 family", "qit models download"),
+        ({"controlnet_blocks.0.weight": (3072, 3072)}, "is a ControlNet", "can't be used yet"),
+    ],
+)
+def test_what_is_not_taken_says_what_it_is_and_what_to_do(
+    tmp_path: Path, tensors: Shapes, message: str, hint: str
+) -> None:
+    found = recognise(sparse(tmp_path / "some.safetensors", tensors))
+    with pytest.raises(ModelUnsupported, match=message) as caught:
+        check_taken(found)
+    assert hint in caught.value.hint
+
+
+def test_a_quantised_text_encoder_is_not_taken(tmp_path: Path) -> None:
+    found = recognise(sparse(tmp_path / "some.safetensors", TEXT20, "F8_E4M3"))
+    with pytest.raises(ModelUnsupported, match="F8_E4M3, and this version runs bf16"):
+        check_taken(found)
 
 
 def test_a_transformer_of_fewer_blocks_than_published_is_not_whole(tmp_path: Path) -> None:

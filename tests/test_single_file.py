@@ -1,6 +1,9 @@
-"""A transformer from one file, as ComfyUI has it: the same bits as from diffusers' folder."""
+"""Weights in one file, as ComfyUI has them: the same bits as from diffusers' folder."""
 
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from qwen_image_tool import logs
 from qwen_image_tool.catalog import Model, load_catalog
 from qwen_image_tool.cli.commands import run
 from qwen_image_tool.engine import vae
+from qwen_image_tool.engine.cache import checkpoint_identity
 from qwen_image_tool.engine.engine import Engine
 from qwen_image_tool.engine.weights import Checkpoint, read
 from qwen_image_tool.errors import (
@@ -32,7 +36,7 @@ from qwen_image_tool.store import formats, inspect, locate
 from qwen_image_tool.store.hub import Hub
 from qwen_image_tool.store.library import Library
 from qwen_image_tool.store.places import Elsewhere
-from qwen_image_tool.types import PhaseNeed, Placement, Plan, Request, Size
+from qwen_image_tool.types import Event, Notice, PhaseNeed, Placement, Plan, Request, Size
 
 CATALOG = load_catalog()
 T2I, BASE21 = CATALOG.find("qwen-image"), CATALOG.find("qwen-image-2.1")
@@ -63,12 +67,13 @@ def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Mo
     """Tiny ones are as wide in both families: told by their layout alone."""
     found: Model = request.param
     monkeypatch.setitem(formats.WIDTHS, 32, found.family)
+    monkeypatch.setitem(formats.TEXT_WIDTHS, 32, found.family)
     return found
 
 
-def published(repos: Path, model: Model) -> Tensors:
+def published(repos: Path, model: Model, part: str = "transformer") -> Tensors:
     tensors: Tensors = {}
-    for shard in (repos / model.id / "transformer").glob("*.safetensors"):
+    for shard in (repos / model.id / part).glob("*.safetensors"):
         tensors |= load_file(shard)
     return tensors
 
@@ -311,6 +316,157 @@ def test_a_lost_import_is_said(hub: LocalHub, repos: Path, tmp_path: Path, model
     kept.write_bytes(b"<html>")
     with pytest.raises(DownloadFailed, match="Import it again"):
         library.repair(model)
+
+
+# -- text encoders, and where nothing can be linked ---------------------------------------------
+
+
+def no_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows, where the models are on another drive than ComfyUI."""
+
+    def refuse(*_: object) -> None:
+        raise OSError("not here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(os, "symlink", refuse)
+
+
+def comfy_files(repos: Path, model: Model, folder: Path) -> tuple[Path, Path]:
+    """A transformer and a text encoder as ComfyUI has them."""
+    transformer = write(folder / "unet" / "a.safetensors", fused(published(repos, model)))
+    tensors = published(repos, model, "text_encoder")
+    return transformer, write(folder / "text_encoders" / "b.safetensors", tensors)
+
+
+@pytest.mark.parametrize("linked", [True, False], ids=["linked", "by a note"])
+def test_nothing_large_is_fetched_beside_files_of_comfyui(
+    hub: LocalHub,
+    repos: Path,
+    model: Model,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    linked: bool,
+) -> None:
+    """They are used where they lie, and give the bits of the published ones."""
+    files = comfy_files(repos, model, tmp_path / "ComfyUI")
+    if not linked:
+        no_links(monkeypatch)
+    before = [(path.read_bytes(), path.stat().st_mtime_ns) for path in files]
+    library = library_of(hub, tmp_path / "models")
+    for path in files:
+        target = library.import_file(path, model)
+        assert target.exists() == linked
+    library.download(model, accept_licence=True)
+    assert {name.split("/")[0] for name in weights_sent(hub)} == {"vae"}
+    assert library.to_fetch(model) == 0
+    assert library.verify(model, full=True) == ()
+    found = locate(model.id, CATALOG, library.models)
+    whole = inspect(repos / model.id, model)
+    assert torch.equal(latents(found, monkeypatch), latents(whole, monkeypatch))
+    own = {path.parent.name for path in library.folder(model).rglob("*.safetensors")}
+    assert linked or own == {"vae"}, "there is no second copy"
+    library.remove(model)
+    assert before == [(path.read_bytes(), path.stat().st_mtime_ns) for path in files]
+
+
+def test_a_file_that_the_other_program_deleted_is_named(
+    hub: LocalHub, repos: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_links(monkeypatch)
+    transformer, encoder = comfy_files(repos, model, tmp_path / "ComfyUI")
+    library = library_of(hub, tmp_path / "models")
+    library.import_file(transformer, model)
+    library.import_file(encoder, model)
+    library.download(model, accept_licence=True)
+    encoder.rename(tmp_path / "moved.safetensors")
+    [fault] = library.verify(model)
+    assert fault.kind == "missing"
+    assert str(encoder) in fault.message
+    with pytest.raises(ModelBroken, match="is missing"):
+        locate(model.id, CATALOG, library.models)
+    with pytest.raises(DownloadFailed, match="was imported from") as caught:
+        library.repair(model)
+    assert "--variant imported-text_encoder" in caught.value.hint
+    library.remove(model, "imported-text_encoder")
+    library.download(model)
+    assert any(name.startswith("text_encoder/") for name in weights_sent(hub))
+    assert not any(name.startswith("transformer/") for name in weights_sent(hub))
+    assert locate(model.id, CATALOG, library.models).variant == "imported-BF16"
+    transformer.write_bytes(transformer.read_bytes()[:-9])
+    [fault] = library.verify(model)
+    assert (fault.kind, str(transformer) in fault.message) == ("truncated", True)
+
+
+def test_known_prompts_are_those_of_the_file_that_is_there(
+    hub: LocalHub, repos: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another text encoder under the same foreign name is another one."""
+    no_links(monkeypatch)
+    _, encoder = comfy_files(repos, model, tmp_path / "ComfyUI")
+    target = library_of(hub, tmp_path / "models").import_file(encoder, model)
+    before = checkpoint_identity(target.parent)
+    os.utime(encoder, ns=(1, 1))
+    assert checkpoint_identity(target.parent) != before
+
+
+def test_a_published_text_encoder_is_not_replaced(
+    hub: LocalHub, repos: Path, model: Model, tmp_path: Path
+) -> None:
+    _, encoder = comfy_files(repos, model, tmp_path / "ComfyUI")
+    library = library_of(hub, tmp_path / "models")
+    library.download(model, accept_licence=True)
+    with pytest.raises(BadRequest, match="is here already"):
+        library.import_file(encoder, model)
+    assert library.verify(model, full=True) == ()
+
+
+@pytest.mark.parametrize("lost", ["norm.weight", "layers.0.mlp.up_proj.weight", "layers."])
+def test_half_a_text_encoder_is_refused(
+    hub: LocalHub, repos: Path, model: Model, tmp_path: Path, lost: str
+) -> None:
+    tensors = published(repos, model, "text_encoder")
+    gone = [name for name in tensors if name.removeprefix("model.language_model.") == lost]
+    gone = gone or [name for name in tensors if name.removeprefix("model.") == lost]
+    gone = gone or [name for name in tensors if lost in name and ".layernorm" not in name]
+    kept = {name: tensor for name, tensor in tensors.items() if name not in gone}
+    if model is BASE21:  # what tells the families apart
+        kept |= {name: tensors[name] for name in tensors if "layers.0.self_attn.q_norm" in name}
+    path = write(tmp_path / "x.safetensors", kept)
+    with pytest.raises(ModelBroken, match="not a whole text encoder"):
+        library_of(hub, tmp_path / "models").import_file(path, model)
+
+
+def test_what_other_programs_have_is_pointed_out(
+    hub: LocalHub, repos: Path, model: Model, tmp_path: Path
+) -> None:
+    """Its hash is not known, so it is for the user to say whether it is the model's."""
+    transformer, encoder = comfy_files(repos, model, tmp_path / "ComfyUI")
+    write(tmp_path / "ComfyUI" / "vae" / "v.safetensors", published(repos, model, "vae"))
+    library = library_of(hub, tmp_path / "models", Elsewhere(None, (tmp_path / "ComfyUI",)))
+    assert {found.path for found in library.usable(model)} == {transformer, encoder}
+    events: list[Event] = []
+    library.download(model, emit=events.append, accept_licence=True)
+    said = "".join(event.text for event in events if isinstance(event, Notice))
+    for path in (transformer, encoder):
+        assert f'`qit models import "{path}" --as {model.id}`' in said
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or os.geteuid() != 0, reason="mounting takes root on Linux"
+)
+def test_files_on_another_volume_are_not_copied(
+    hub: LocalHub, repos: Path, tmp_path: Path, model: Model
+) -> None:
+    volume = tmp_path / "volume"
+    volume.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(volume)], check=True)
+    try:
+        transformer, _ = comfy_files(repos, model, volume)
+        target = library_of(hub, tmp_path / "models").import_file(transformer, model)
+        assert target.is_symlink()
+        assert target.resolve() == transformer
+    finally:
+        subprocess.run(["umount", str(volume)], check=True)
 
 
 def test_what_can_not_run_is_refused(hub: LocalHub, repos: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ the system allows none (Windows, for most people), a note that says where the fi
 """
 
 import os
+import stat
 from pathlib import Path
 
 from qwen_image_tool.store.headers import SUFFIXES
@@ -61,7 +62,7 @@ def delete(path: Path) -> int:
     except FileNotFoundError:
         return 0
     path.unlink()
-    return found.st_size if found.st_nlink == 1 and not path.is_symlink() else 0
+    return found.st_size if found.st_nlink == 1 and stat.S_ISREG(found.st_mode) else 0
 
 
 def names(path: Path) -> tuple[Path, Path]:
