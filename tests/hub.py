@@ -6,8 +6,10 @@ Small files come from the hub itself; weights by redirect from a second server, 
 import functools
 import hashlib
 import json
+import os
 import ssl
 import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -16,7 +18,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import parse_qs, unquote, urlsplit
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
 
 
 @functools.cache
@@ -66,12 +72,13 @@ class LocalHub:
     hashes: bool = True  # whether the list has them, of weights and of texts
     sizes: bool = True
     listing: bytes = b""  # answers every question for a list, where given
+    commits: dict[str, str] = field(default_factory=dict)  # of repositories that moved on
     endpoint: str = ""
     cdn: str = ""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def commit(self, repo: str) -> str:
-        return hashlib.sha1(repo.encode()).hexdigest()
+        return self.commits.get(repo) or hashlib.sha1(repo.encode()).hexdigest()
 
     def add_folder(self, repo: str, folder: Path) -> None:
         self.repos[repo] = {
@@ -79,6 +86,16 @@ class LocalHub:
             for path in sorted(folder.rglob("*"))
             if path.is_file()
         }
+
+    def list_modelscope(self, repo: str, last: dict[str, str] | None) -> None:
+        """Answer as ModelScope does; `last`: the commit that is listed, as far as it tells."""
+        files = [
+            {"Path": name, "Size": len(data), "Sha256": sha256(data), "Type": "blob"}
+            for name, data in self.repos[repo].items()
+        ]
+        data: dict[str, object] = {"Files": files} | ({"LatestCommitter": last} if last else {})
+        self.repos["models/" + repo] = self.repos[repo]
+        self.listing = json.dumps({"Code": 200, "Data": data}).encode()
 
     def take(self, where: str, path: str) -> Fault | None:
         """The fault that the next answer shows, if any."""
@@ -246,11 +263,11 @@ class _Server(ThreadingHTTPServer):
         pass
 
 
-def make_certificate(folder: Path) -> Path:
-    """For 127.0.0.1, signed by itself, with its key."""
+def make_certificate(folder: Path, name: str = "hub.example") -> Path:
+    """For 127.0.0.1 and a name, signed by itself, with its key."""
     made = folder / "made.pem"
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
-    command += ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    command += ["-subj", "/CN=127.0.0.1", "-addext", f"subjectAltName=IP:127.0.0.1,DNS:{name}"]
     command += ["-keyout", str(made), "-out", str(folder / "cert")]
     subprocess.run(command, check=True, capture_output=True)
     made.write_bytes(made.read_bytes() + (folder / "cert").read_bytes())
@@ -266,6 +283,34 @@ def download(endpoint: str, models: str) -> None:
     catalog = load_catalog()
     library = Library(catalog, Path(models), lambda: Hub(endpoint, local=True))
     library.download(catalog.find("qwen-image"))
+
+
+def attempt(endpoint: str, models: str, action: str, user: int, answer: "Connection") -> None:
+    """What a child process does as `user`, where it may change to that one; sends what it ended
+    with. All is imported before, because others may not read where it lies."""
+    import tenacity  # noqa: F401
+
+    from qwen_image_tool.catalog import load_catalog
+    from qwen_image_tool.errors import ToolError
+    from qwen_image_tool.store.download import Effort
+    from qwen_image_tool.store.hub import Hub
+    from qwen_image_tool.store.library import Library
+
+    model, reached = load_catalog().find("qwen-image"), Hub(endpoint, local=True)
+    library = Library(load_catalog(), Path(models), lambda: reached, None, Effort(tries=1))
+    reached.list(model.repo)
+    if sys.platform != "win32" and os.geteuid() == 0:
+        os.setgroups([])
+        os.setgid(user)
+        os.setuid(user)
+    try:
+        if action == "verify":
+            faults = library.verify(model, full=True)
+            answer.send(f"{[(fault.kind, fault.path) for fault in faults]}")
+        else:
+            answer.send(str(library.download(model, again=action == "again")))
+    except ToolError as error:
+        answer.send(f"{type(error).__name__} {getattr(error, 'kind', '')}: {error}")
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +29,6 @@ from qwen_image_tool.errors import (
     BadRequest,
     Cancelled,
     DownloadFailed,
-    LicenceNotAccepted,
     Paused,
 )
 from qwen_image_tool.store import locate
@@ -121,13 +121,6 @@ def test_a_download_is_whole_and_runs_with_it(hub: LocalHub, library: Library) -
     hub.requests.clear()
     library.download(T2I)
     assert not hub.requests, "a complete model asks nobody"
-
-
-def test_the_revision_stays_pinned(hub: LocalHub, library: Library) -> None:
-    library.download(T2I)
-    record = library.record(T2I)
-    assert record
-    assert {file.revision for file in record.files} == {hub.commit(T2I.repo)}
 
 
 def test_the_token_goes_to_the_hub_and_not_to_the_cdn(hub: LocalHub, library: Library) -> None:
@@ -282,24 +275,6 @@ def test_a_missing_repository(hub: LocalHub, library: Library) -> None:
     assert caught.value.kind == "not found"
 
 
-@pytest.mark.parametrize(
-    "target", ["http://example.com/x", "https://127.0.0.1:1/x", "https://169.254.169.254/latest"]
-)
-def test_unsafe_redirects_are_not_followed(
-    repos: Path, tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    with serve() as hub:
-        hub.add_folder(T2I.repo, repos / "qwen-image")
-        hub.faults = [Fault("to " + target, 99, where="hub", match=".json")]
-        strict = Hub(hub.endpoint)
-        library = Library(CATALOG, tmp_path / "models", lambda: strict, None, QUICK)
-        with pytest.raises(DownloadFailed) as caught:
-            library.download(T2I)
-        assert caught.value.kind == "redirect"
-
-
 def test_a_false_certificate_is_refused(repos: Path, tmp_path: Path) -> None:
     made = make_certificate(tmp_path)
     with serve(made) as hub, pytest.raises(DownloadFailed) as caught:
@@ -372,6 +347,8 @@ def test_only_weights_and_texts_are_fetched(hub: LocalHub, library: Library) -> 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of half a megabyte."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        pytest.skip("mounting a small disk takes root on Linux")
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(disk)]
@@ -647,20 +624,7 @@ def test_files_put_there_by_hand_are_proven(hub: LocalHub, repos: Path, library:
     assert {name for name in hub.sent if is_lfs(name)} == {shard.relative_to(folder).as_posix()}
 
 
-# -- licence, variants, again ----------------------------------------------------------------
-
-
-def test_the_licence_is_asked_once_and_remembered(hub: LocalHub, library: Library) -> None:
-    with pytest.raises(LicenceNotAccepted, match="no commercial use") as caught:
-        library.download(BASE21)
-    assert "--yes-license" in caught.value.hint
-    assert not hub.sent
-    assert "Not for commercial use" in library.licence_text(BASE21)
-    library.download(BASE21, accept_licence=True)
-    accepted = library.accepted(TURBO)
-    assert accepted
-    assert "Not for commercial use" in accepted.text
-    library.download(TURBO)
+# -- variants, again -------------------------------------------------------------------------
 
 
 def test_a_variant_is_the_named_file_or_an_error(hub: LocalHub, library: Library) -> None:
@@ -692,6 +656,7 @@ def test_again_starts_from_nothing(hub: LocalHub, library: Library) -> None:
 # -- kill -9 ---------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL and no forkserver there")
 def test_fifty_kills_lose_nothing_and_claim_nothing(hub: LocalHub, tmp_path: Path) -> None:
     """SIGKILL at random points; afterwards what has a name is whole, and what came is not fetched
     again."""
@@ -761,28 +726,6 @@ def _wait_for(happened: Callable[[], object], seconds: float = 20) -> None:
     while not happened():
         assert time.monotonic() < until, "nothing happened"
         time.sleep(0.005)
-
-
-def test_modelscope(repos: Path, tmp_path: Path) -> None:
-    """Its listing has its own form; the rest is the same."""
-    with serve() as hub:
-        hub.add_folder("models/" + T2I.repo, repos / "qwen-image")
-        files = [
-            {
-                "Path": name,
-                "Size": len(data),
-                "Sha256": hashlib.sha256(data).hexdigest(),
-                "Type": "blob",
-            }
-            for name, data in hub.repos["models/" + T2I.repo].items()
-        ]
-        answer = json.dumps({"Code": 200, "Data": {"Files": files}}).encode()
-        hub.listing = answer
-        reached = Hub(hub.endpoint, kind="modelscope", local=True)
-        library = Library(CATALOG, tmp_path / "models", lambda: reached, None, QUICK)
-        library.download(T2I)
-        assert library.verify(T2I, full=True) == ()
-        assert {seen.token for seen in hub.requests} == {""}
 
 
 @pytest.mark.parametrize(

@@ -239,7 +239,7 @@ class Hub:
         client = get_session()
         for _ in range(MAX_HOPS + 1):
             self._check_address(url)
-            token = self.token if self._may_have_token(url) else False
+            token = (self.token or False) if self._may_have_token(url) else False
             sent = build_hf_headers(token=token) | {"Accept-Encoding": "identity"} | headers
             request = client.build_request("GET", url, headers=sent, timeout=self.stall_seconds)
             with _translated(url):
@@ -318,10 +318,21 @@ def connect(source: HubKind = "huggingface", local: bool = False) -> Hub:
     endpoint = own if source == "huggingface" else MODELSCOPE
     if urlsplit(endpoint).scheme != "https" and not local:
         raise BadRequest(f"HF_ENDPOINT is {endpoint!r}.", "It has to start with https://.")
+    trusted = source == "huggingface" and (local or urlsplit(endpoint).hostname in TOKEN_HOSTS)
+    return Hub(endpoint, _token() if trusted else None, source, local)
+
+
+def _token() -> str | None:
+    """The user's, of Hugging Face."""
     from huggingface_hub import get_token
 
-    trusted = source == "huggingface" and (local or urlsplit(endpoint).hostname in TOKEN_HOSTS)
-    return Hub(endpoint, get_token() if trusted else None, source, local)
+    try:
+        return get_token()
+    except OSError as error:
+        raise BadRequest(
+            f"Your Hugging Face token in {error.filename} can't be read ({error.strerror}).",
+            "Check who may read that file, or delete it: most models need no token.",
+        ) from error
 
 
 def _or_unknown(size: int | None) -> int:

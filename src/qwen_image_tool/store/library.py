@@ -24,6 +24,7 @@ from qwen_image_tool.errors import (
 from qwen_image_tool.store import verify
 from qwen_image_tool.store.download import Control, Effort, Progress, fetch, to_come
 from qwen_image_tool.store.formats import (
+    HINTS,
     NOT_TAKEN,
     RUNNING,
     WORDS,
@@ -490,8 +491,7 @@ class Library:
             file = self._hashed(path, target.relative_to(folder), model, emit, is_cancelled)
             for earlier in old.weights(place):
                 delete(folder / earlier.path)
-            with _writing(folder):
-                link(path, False, target, partial_path(folder, file), by_note=True)
+            link(path, False, target, partial_path(folder, file), by_note=True)
             files = tuple(f for f in old.files if f not in old.weights(place))
             write_record(folder, old.model_copy(update={"files": (*files, file)}))
         return target
@@ -518,7 +518,12 @@ class Library:
                     )
                 )
 
-        return file.model_copy(update={"sha256": digest_file(path, file, count)[0].hex})
+        try:
+            return file.model_copy(update={"sha256": digest_file(path, file, count)[0].hex})
+        except OSError as error:
+            raise ModelBroken(
+                "unreadable", f"{path} can't be read ({error.strerror}).", HINTS["unreadable"]
+            ) from error
 
     def _existing(self, model: Model) -> Path:
         _check_published(model)
@@ -551,22 +556,23 @@ class Library:
 
     @contextmanager
     def _locked(self, folder: Path) -> Iterator[None]:
-        """One process at a time changes a model; a killed one's lock is void."""
-        try:
-            with _writing(folder):
-                (folder / PRIVATE).mkdir(parents=True, exist_ok=True)
-                lock = FileLock(folder / PRIVATE / "lock")
+        """One process at a time changes a model; a killed one's lock is void. Raises DownloadFailed
+        where another one does, and where what is done within can't be written."""
+        with _writing(folder):
+            (folder / PRIVATE).mkdir(parents=True, exist_ok=True)
+            lock = FileLock(folder / PRIVATE / "lock")
+            try:
                 lock.acquire(timeout=0)
-        except Timeout:
-            raise DownloadFailed(
-                "locked",
-                f"Another process is working on {folder}.",
-                "Wait for it, or stop it with `qit models pause`.",
-            ) from None
-        try:
-            yield
-        finally:
-            lock.release()
+            except Timeout:
+                raise DownloadFailed(
+                    "locked",
+                    f"Another process is working on {folder}.",
+                    "Wait for it, or stop it with `qit models pause`.",
+                ) from None
+            try:
+                yield
+            finally:
+                lock.release()
 
 
 @contextmanager
@@ -574,12 +580,10 @@ def _writing(folder: Path) -> Iterator[None]:
     """Raises DownloadFailed where `folder` can't be written."""
     try:
         yield
-    except Timeout:  # an OSError of its own meaning
-        raise
     except OSError as error:
         raise DownloadFailed(
             "not writable",
-            f"{folder} can't be written ({error.strerror}).",
+            f"{error.filename or folder} can't be written ({error.strerror}).",
             "Check who may write there, or set `models` in the config file.",
         ) from error
 
