@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ import pytest
 
 import tiny
 from hub import LocalHub, serve
-from qwen_image_tool import logs
+from qwen_image_tool import device, logs
 from qwen_image_tool.app import App
 from qwen_image_tool.cli.commands import run
+from qwen_image_tool.rates import RateBook
 from qwen_image_tool.settings import load_settings
 from qwen_image_tool.types import Device, Rates
-from test_formats import DIT20, DIT21, sparse
+from test_formats import DIT20, DIT21, LORA, VAE20, Shapes, sparse
 
 SHARD = "transformer/diffusion_pytorch_model.safetensors"
 GIB = 2**30
@@ -115,11 +117,140 @@ def test_the_licence_is_shown_and_asked_for(qit: Any) -> None:
     assert qit("download", "qwen-image-2.1", "--yes-license")[0] == 0
 
 
-def test_import_asks_where_a_file_fits_several_models(qit: Any, home: Path, tmp_path: Path) -> None:
+def test_import_refuses_what_is_of_another_model(qit: Any, tmp_path: Path) -> None:
     path = sparse(tmp_path / "some.safetensors", {"x." + k: v for k, v in DIT20.items()})
     assert "no part of a Qwen-Image model" in qit("import", str(path))[2]
     path = sparse(tmp_path / "some.safetensors", dict.fromkeys(DIT21, (2, 2)))
     assert "4096 wide" in qit("import", str(path))[2]
+
+
+def test_import_asks_where_a_file_fits_several_models(qit: Any, tmp_path: Path) -> None:
+    path = sparse(tmp_path / "some.safetensors", DIT21)
+    code, _, err = qit("import", str(path))
+    assert code == 2
+    assert "is a transformer in BF16, and its keys and shapes fit 2 models." in err
+    assert "--as, one of: qwen-image-2.1, qwen-image-2.1-turbo." in err
+    code, out, _ = qit("import", str(path), "--json")
+    assert json.loads(out)["error"]["kind"] == "BadRequest"
+
+
+@pytest.mark.parametrize("named", [(), ("--as", "qwen-image")])
+@pytest.mark.parametrize(
+    ("tensors", "what", "then"),
+    [(LORA, "is a LoRA", "can't be used yet"), (VAE20, "is a VAE", "Nothing need be done")],
+)
+def test_import_says_what_it_does_not_take(
+    qit: Any, home: Path, tmp_path: Path, tensors: Shapes, what: str, then: str, named: Any
+) -> None:
+    path = sparse(tmp_path / "some.safetensors", tensors)
+    code, _, err = qit("import", str(path), *named)
+    assert code == 2
+    assert what in err
+    assert then in err
+    assert not (home / "models" / "qwen-image").exists()
+
+
+# -- what they need here -----------------------------------------------------------------------
+
+
+CARD = device.TorchFacts(
+    version=metadata.version("torch"),
+    kind="cuda",
+    gpu="a card",
+    gpus=1,
+    vram_bytes=24 * 2**30,
+    vram_free_bytes=23 * 2**30,
+    bf16=True,
+)
+
+
+@pytest.fixture
+def seen(home: Path, monkeypatch: pytest.MonkeyPatch) -> Device:
+    """This machine was looked at before, and has a card; torch must not be asked again."""
+
+    def never(*_: object) -> device.TorchFacts:
+        raise AssertionError("torch was asked")
+
+    monkeypatch.setattr(device, "memory", lambda: (64 * 2**30, 60 * 2**30))
+    with monkeypatch.context() as patch:
+        patch.setattr(device, "probe_in_child", lambda: CARD)
+        device.look(home / "cache" / "device.json")
+    monkeypatch.setattr(device, "probe_in_child", never)
+    return device.probe(CARD)
+
+
+def test_the_list_tells_what_each_model_needs_here(qit: Any, home: Path, seen: Device) -> None:
+    code, out, err = qit("list", "--json")
+    assert (code, err) == (0, "")
+    answer = json.loads(out)
+    rows = {row["id"]: row for row in answer["models"]}
+    needs = rows["qwen-image"]["needs"]
+    assert rows["qwen-image"]["bytes"] == 57_698_920_550
+    assert 8e9 < needs["vram_bytes"] < 23 * 2**30
+    assert needs["ram_bytes"] > 1e9
+    assert needs["seconds"] is None
+    assert rows["qwen-image-edit"]["needs"] is None, "this version can't run it"
+    assert rows["practice"]["needs"]["to_fetch"] == 0
+    assert answer["recommended"]["model"] == "qwen-image-2.1-turbo"
+    _, out, _ = qit("list")
+    assert "? Seconds are not measured yet" in out
+    assert "Best here: qwen-image-2.1-turbo (bf16). Runs on a card:" in out
+
+    rates = Rates(matmul=2e14, attention=1e14, memory=1e12, bus=2e10, pageable=1e10, disk=2e9)
+    RateBook(home / "cache" / "rates").put(seen, rates)
+    _, out, _ = qit("list", "--json")
+    timed = {row["id"]: row["needs"] for row in json.loads(out)["models"]}
+    assert 5 < timed["qwen-image-2.1-turbo"]["seconds"] < timed["qwen-image"]["seconds"] < 3600
+    _, out, _ = qit("list")
+    assert "not measured" not in out
+
+
+def test_show_tells_it_with_the_reason(qit: Any, seen: Device) -> None:
+    _, out, _ = qit("show", "qwen-image-2.1")
+    assert "33.1 GB of disk (33.1 GB to fetch), " in out
+    assert "GiB of GPU memory, " in out
+    assert "Best here: bf16. Runs on a card:" in out
+    assert "Seconds are not measured yet" in out
+    _, out, _ = qit("show", "qwen-image-2.1", "--json")
+    assert json.loads(out)["needs"]["reason"].startswith("Runs on a card:")
+
+
+def test_a_machine_that_is_too_small_is_told_so(
+    qit: Any, seen: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = CARD.model_copy(update={"kind": "cpu", "gpu": "", "vram_bytes": 0})
+    monkeypatch.setattr(device, "last_look", lambda _: small)
+    monkeypatch.setattr(device, "memory", lambda: (4 * 2**30, 2 * 2**30))
+    _, out, _ = qit("list")
+    assert "can't run" in out
+    assert "none runs here; the practice model does. Qwen-Image-2.1-Turbo at 2048x2048 needs" in out
+    _, out, _ = qit("show", "qwen-image")
+    assert "can't run: Qwen-Image at 1328x1328 needs" in out
+
+
+def test_without_torch_the_models_are_listed_all_the_same(
+    qit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = device.TorchFacts(error="it is not installed.")
+    monkeypatch.setattr(device, "probe_in_child", lambda: broken)
+    code, out, err = qit("list", "--json")
+    assert code == 0
+    assert "can't be told" in err
+    answer = json.loads(out)
+    assert answer["recommended"] is None
+    assert all(row["needs"] is None for row in answer["models"])
+
+
+def test_the_revision_is_shown_and_updated(qit: Any, hub: LocalHub, seen: Device) -> None:
+    qit("download", "qwen-image")
+    before = hub.commit("Qwen/Qwen-Image")
+    assert f"Revision:  {before}" in qit("show", "qwen-image")[1]
+    hub.commits["Qwen/Qwen-Image"] = "f" * 40
+    hub.repos["Qwen/Qwen-Image"]["tokenizer/more.json"] = b"{}"
+    code, _, err = qit("download", "qwen-image", "--update")
+    assert code == 0
+    assert f"goes from revision {before} to {'f' * 40}: 1 files change." in err
+    assert json.loads(qit("show", "qwen-image", "--json")[1])["revision"] == "f" * 40
 
 
 def test_where_lists_other_programs_files(qit: Any, tmp_path: Path, monkeypatch: Any) -> None:
@@ -133,6 +264,12 @@ def test_where_lists_other_programs_files(qit: Any, tmp_path: Path, monkeypatch:
     _, out, _ = qit("where", "--json")
     files = {Path(row["path"]).name: row["is"] for row in json.loads(out)["files"]}
     assert files["anything.safetensors"] == "qwen-image transformer, F8_E4M3"
+    sparse(folder / "anything.safetensors", DIT21)
+    text = " ".join(qit("where")[1].split())
+    assert "fits qwen-image-2.1, qwen-image-2.1-turbo" in text
+    assert "`qit models import FILE` uses" in text
+    _, out, _ = qit("show", "qwen-image-2.1")
+    assert f'qit models import "{folder / "anything.safetensors"}" --as qwen-image-2.1' in out
     assert files["broken.gguf"] == "not ours"
     assert qit("where")[0] == 0
 

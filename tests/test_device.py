@@ -18,6 +18,8 @@ from qwen_image_tool.device import (
     TorchFacts,
     cores,
     cpu_name,
+    last_look,
+    look,
     memory,
     nvidia_card,
     probe,
@@ -350,3 +352,38 @@ def test_an_apple_chip(pretend: Callable[..., TorchFacts]) -> None:
 def test_a_build_for_the_cpu_alone(pretend: Callable[..., TorchFacts]) -> None:
     facts = pretend(version__cuda=None, cpu__get_capabilities=lambda: {"avx2": True})
     assert facts == TorchFacts(version="2.13.0+cu130", bf16=False)
+
+
+def test_what_was_seen_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until torch is another one, or the machine is started again."""
+    kept = tmp_path / "new" / "device.json"
+    assert last_look(kept) is None
+    facts = TorchFacts(kind="cuda", gpu="a card", version="2.13.0")
+    monkeypatch.setattr(device, "probe_in_child", lambda: facts)
+    assert look(kept) == last_look(kept) == facts
+    with monkeypatch.context() as patch:
+        patch.setattr(psutil, "boot_time", lambda: 12345.0)
+        assert last_look(kept) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(device.importlib.metadata, "version", lambda _: "9.9")
+        assert last_look(kept) is None
+    kept.write_text("{", encoding="utf-8")
+    assert last_look(kept) is None
+
+
+@pytest.mark.parametrize("trouble", ["error", "gpu_error"])
+def test_what_went_wrong_is_not_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
+    facts = TorchFacts().model_copy(update={trouble: "the driver is too old."})
+    monkeypatch.setattr(device, "probe_in_child", lambda: facts)
+    assert look(tmp_path / "device.json") == facts
+    assert last_look(tmp_path / "device.json") is None
+
+
+def test_a_cache_that_can_not_be_written_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(device, "probe_in_child", TorchFacts)
+    assert look(tmp_path / "file" / "device.json") == TorchFacts()

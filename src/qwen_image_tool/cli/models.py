@@ -262,7 +262,8 @@ def where(as_json: Json = False) -> None:
         screen.facts({"Also, read-only": folder})
     if rows:
         screen.line("")
-        screen.rows(("File", "Is", "Note"), rows)
+        for path, what, note in rows:
+            screen.line(f"{path}\n  {what}{note and ': ' + note}")
         screen.line("")
         screen.line("`qit models import FILE` uses a transformer or text encoder where it lies.")
 

@@ -37,6 +37,8 @@ PHASES = {
     "decode": "Developing the picture",
     "save": "Saving",
 }
+DOES = {"text-to-image": "draw", "edit": "edit", "layers": "layers"}  # short, for a table
+NONE_RUNS = "Of the published models none runs here; the practice model does."
 QUIET_SECONDS = 2.0  # between two plain progress lines
 
 
@@ -130,25 +132,28 @@ class Screen:
 
     def models(self, rows: list[dict[str, Any]], best: Advice | None) -> None:
         self.rows(
-            ("Model", "State", "Disk", "To fetch", "VRAM", "RAM", "Picture", "Does", "Licence"),
+            ("Model", "State", "Disk", "VRAM", "RAM", "Picture", "Does"),
             [
                 (
-                    row["id"],
-                    row["state"],
+                    row["id"] + ("" if row["commercial"] else "*"),
+                    f"get {amount(row['to_fetch'])}"
+                    if row["state"] == "not here"
+                    else row["state"],
                     amount(row["bytes"]),
-                    amount(row["to_fetch"]),
                     *_needs(row["needs"]),
-                    ", ".join(row["tasks"]),
-                    row["licence"] + ("" if row["commercial"] else " (non-commercial)"),
+                    ", ".join(DOES[task] for task in row["tasks"]),
                 )
                 for row in rows
             ],
         )
+        self.line("")
         if best:
-            self.line("")
-            self.line(f"Best here: {best.model} ({best.variant}). {best.reason}")
+            runs = f"Best here: {best.model} ({best.variant})."
+            self.line(f"{runs if best.runs else NONE_RUNS} {best.reason}")
         if any(row["needs"] and _unmeasured(row["needs"]) for row in rows):
-            self.line(UNMEASURED)
+            self.line(f"? {UNMEASURED}")
+        self.line("* Not for commercial use. Not yet: this version can't run it.")
+        self.line("`qit models show MODEL` tells more.")
 
     def model(self, model: Model, described: dict[str, Any], licence: Licence) -> None:
         sampling = model.sampling
@@ -310,7 +315,8 @@ def _needs(needs: dict[str, Any] | None) -> tuple[str, str, str]:
         return "", "", ""
     if not needs["runs"]:
         return "", "", "can't run"
-    return gib(needs["vram_bytes"]), gib(needs["ram_bytes"]), pace(needs["seconds"])
+    seconds = "?" if _unmeasured(needs) else pace(needs["seconds"])
+    return gib(needs["vram_bytes"], 1), gib(needs["ram_bytes"], 1), seconds
 
 
 def _needed(described: dict[str, Any]) -> dict[str, object]:
@@ -346,6 +352,6 @@ def amount(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
-def gib(size: int) -> str:
+def gib(size: int, digits: int = 2) -> str:
     """Bytes of memory, as it is sold."""
-    return f"{size / 2**30:.2f} GiB" if size else "-"
+    return f"{size / 2**30:.{digits}f} GiB" if size else "-"
