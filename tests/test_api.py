@@ -237,6 +237,10 @@ def test_models(live: Live) -> None:
     assert states["practice"] == "ready"
     assert states["qwen-image"] == "not here"
     assert live.http.get("/api/models/qwen-image").json()["sampling"]["steps"]
+    live.service.device()  # looked at: from now on the list tells what they need here
+    needs = {m["id"]: m["needs"] for m in live.http.get("/api/models").json()}
+    assert needs["practice"]["ram_bytes"] > 0
+    assert needs["practice"]["runs"]
     assert live.http.get("/api/models/unicorn").status_code == 400
     assert live.http.delete("/api/models/qwen-image").status_code == 409
     answer = live.http.post("/api/models/qwen-image-2.1/download", json={})

@@ -205,6 +205,25 @@ def test_the_list_tells_what_each_model_needs_here(qit: Any, home: Path, seen: D
     assert "not measured" not in out
 
 
+def test_alone_it_is_the_list(seen: Device, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["models"]) == 0
+    assert "Best here: " in capsys.readouterr().out
+
+
+def test_what_can_not_run_yet_is_said_before_it_is_fetched(qit: Any) -> None:
+    assert "This version can't run it. " in qit("download", "qwen-image-edit")[2]
+    assert "reads bf16 only" in qit("download", "qwen-image", "--variant", "q4_k_m")[2]
+    assert "can't run" not in qit("download", "qwen-image")[2]
+
+
+def test_recommendations_in_words(qit: Any, seen: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "probe_in_child", lambda: CARD)
+    _, out, _ = qit("recommend")
+    first = out.splitlines()[0]
+    assert first.startswith("qwen-image-2.1-turbo (bf16): 33.1 GB to fetch, needs ")
+    assert "GiB of GPU memory, seconds not measured yet. Runs on a card:" in first
+
+
 def test_show_tells_it_with_the_reason(qit: Any, seen: Device) -> None:
     _, out, _ = qit("show", "qwen-image-2.1")
     assert "33.1 GB of disk (33.1 GB to fetch), " in out

@@ -1,5 +1,6 @@
 """Device: the host's limits as a container sees them, and a torch that may fail in any way."""
 
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -365,7 +366,7 @@ def test_what_was_seen_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyP
         patch.setattr(psutil, "boot_time", lambda: 12345.0)
         assert last_look(kept) is None
     with monkeypatch.context() as patch:
-        patch.setattr(device.importlib.metadata, "version", lambda _: "9.9")
+        patch.setattr(importlib.metadata, "version", lambda _: "9.9")
         assert last_look(kept) is None
     kept.write_text("{", encoding="utf-8")
     assert last_look(kept) is None

@@ -81,3 +81,13 @@ def test_a_note_is_deleted_and_not_what_it_leads_to(
     assert source.exists()
     assert content(target) == target
     assert weight_files(target.parent) == {}
+
+
+def test_a_note_leads_to_plain_files_alone(target: Path, tmp_path: Path) -> None:
+    """Reading a pipe would wait for ever."""
+    target.parent.mkdir(parents=True)
+    for what in (str(tmp_path), os.devnull):
+        names(target)[1].write_text(what, encoding="utf-8")
+        assert content(target) == target
+    names(target)[1].write_bytes(b"\xff\xfe")
+    assert content(target) == target

@@ -106,6 +106,19 @@ def test_a_failure_is_explained(live: Live, hub: LocalHub) -> None:
     assert "stays" in found["failure"]["kept"]
 
 
+def test_a_licence_that_changed_is_asked_again(live: Live, hub: LocalHub) -> None:
+    """Which only the hub can tell, so the transfer begins and says so."""
+    repo = hub.repos["Qwen/Qwen-Image-2.1"] = {"LICENSE": b"For research."}
+    address = "/api/models/qwen-image-2.1/download"
+    live.http.post(address, json={"accept_licence": True})
+    assert "has no" in over(live)["failure"]["message"], "there is no more in the repository"
+    repo["LICENSE"] = b"For a fee."
+    assert live.http.post(address, json={}).status_code == 202
+    failure = over(live)["failure"]
+    assert "reads otherwise than when you agreed" in failure["message"]
+    assert "`accept_licence`" in failure["hint"]
+
+
 def test_the_end_of_the_service_pauses_it(
     hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

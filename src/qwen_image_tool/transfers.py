@@ -24,6 +24,7 @@ from qwen_image_tool.store.verify import Fault
 from qwen_image_tool.types import DownloadProgress, Event, Failure, Value, VerifyProgress
 
 Action = Literal["download", "verify", "repair"]
+AGREE = "Read it, and ask again with `accept_licence` if you agree."
 
 
 class Transfer(Value):
@@ -102,7 +103,7 @@ class Transfers:
             raise LicenceNotAccepted(
                 f"{model.name} is under the {licence.name}, which allows no commercial use:"
                 f" {licence.url}.",
-                "Read it, and ask again with `accept_licence` if you agree.",
+                AGREE,
             )
 
     def _run(self, transfer: Transfer, model: Model, control: Control, accept: bool) -> None:
@@ -117,6 +118,9 @@ class Transfers:
             change = {"state": "paused", "failure": Failure.of(error)}
         except Cancelled:
             change = {"state": "cancelled"}
+        except LicenceNotAccepted as error:  # its words are others than those agreed to
+            failure = Failure.of(error).model_copy(update={"hint": AGREE})
+            change = {"state": "failed", "failure": failure}
         except ToolError as error:
             change = {"state": "failed", "failure": Failure.of(error)}
         except Exception as error:  # noqa: BLE001  the thread's last word must not be silence

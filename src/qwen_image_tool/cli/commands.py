@@ -284,4 +284,5 @@ def _bytes(option: str, text: str | None) -> int | None:
 def _usage(error: typer.TyperException) -> BadRequest:
     command = getattr(getattr(error, "ctx", None), "command_path", "qit")
     text = error.format_message() if hasattr(error, "format_message") else str(error)
-    return BadRequest(f"{text.rstrip('.')}.", f"`{command} --help` shows what there is.")
+    said = text.rstrip(".") or "No command was given"
+    return BadRequest(f"{said}.", f"`{command} --help` shows what there is.")

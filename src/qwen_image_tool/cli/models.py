@@ -25,15 +25,20 @@ from qwen_image_tool.store.formats import (
 from qwen_image_tool.store.verify import Fault
 from qwen_image_tool.types import Device
 
-models = typer.Typer(
-    no_args_is_help=True, help="The models: what there is, what they need, how to get them."
-)
+models = typer.Typer()
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 JsonLines = Annotated[bool, typer.Option("--json", help="Print events as lines of JSON.")]
 Id = Annotated[str, typer.Argument(help="An id of `qit models list`.")]
 VariantOption = Annotated[
     str, typer.Option("--variant", help="bf16, or one that `qit models show` lists.")
 ]
+
+
+@models.callback(invoke_without_command=True)
+def alone(context: typer.Context) -> None:
+    """The models: what there is, what they need, how to get them. By itself it lists them."""
+    if context.invoked_subcommand is None:
+        list_models()
 
 
 @models.command(name="list")
@@ -103,7 +108,8 @@ def recommend(as_json: Json = False) -> None:
         if each.runs:
             says.append(f"needs {gib(each.ram_bytes)} of RAM")
             says += [f"{gib(each.vram_bytes)} of GPU memory"] if each.vram_bytes else []
-            says.append(f"{pace(each.seconds)} a picture")
+            known = each.seconds is not None
+            says.append(f"{pace(each.seconds)} a picture" if known else "seconds not measured yet")
         screen.line(f"{each.model} ({each.variant}): {', '.join(says)}. {each.reason}")
 
 
@@ -134,6 +140,8 @@ def download(
     app = App(load_settings())
     entry = app.catalog.find(model)
     screen = Screen(as_json)
+    if later := _not_yet(entry, variant):
+        screen.note(f"This version can't run it. {later}")
     try:
         with screen.transfer() as emit, _pause_on_ctrl_c() as control:
             folder = app.library.download(entry, variant, emit, control, yes_license, again, update)
@@ -142,6 +150,12 @@ def download(
             screen.note(app.library.licence_text(entry))
         raise
     _done(screen, as_json, str(folder), folder=str(folder))
+
+
+def _not_yet(model: Model, variant: str) -> str:
+    """Why what is going to be fetched can't run yet, if so."""
+    chosen = next((v for v in model.variants if v.id.lower() == variant.lower()), None)
+    return model.unsupported or (chosen.unsupported if chosen else "")
 
 
 @models.command()
@@ -219,8 +233,8 @@ def import_file(
     with screen.transfer() as show, _pause_on_ctrl_c() as control:
         target = app.library.import_file(path, entry, show, control.stopped.is_set)
     _done(screen, as_json, str(target), path=str(target), checkpoint=found.to_dict())
-    if found.unsupported:
-        screen.note(f"It can't run yet. {found.unsupported}")
+    if later := found.unsupported or entry.unsupported:
+        screen.note(f"This version can't run it. {later}")
     else:
         screen.note(f"`qit models download {entry.id}` fetches what the model needs beside it.")
 

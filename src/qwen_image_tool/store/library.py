@@ -529,8 +529,11 @@ class Library:
         _check_published(model)
         folder = self.folder(model)
         if not folder.is_dir():
+            known = self._elsewhere.snapshots(model.repo)
+            cache = "takes over the one in the Hugging Face cache, by its hashes." if known else ""
             raise ModelMissing(
-                f"{model.name} is not in {self.models}.", f"`qit models download {model.id}`."
+                f"{model.name} is not in {self.models}.",
+                f"`qit models download {model.id}` {cache or 'gets it.'}",
             )
         return folder
 

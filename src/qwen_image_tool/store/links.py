@@ -19,9 +19,11 @@ def content(path: Path) -> Path:
     if path.exists():
         return path
     try:
-        return Path(_note(path).read_text(encoding="utf-8"))
+        named = Path(_note(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return path
+    is_other = named.exists() and not named.is_file()  # a pipe or a device is never read
+    return path if is_other else named
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
