@@ -17,7 +17,7 @@ from diffusers.loaders.single_file_utils import (
 from safetensors.torch import load_file, save_file
 
 import tiny
-from hub import LocalHub, is_lfs, serve
+from hub import Fault, LocalHub, is_lfs, serve
 from qwen_image_tool import logs
 from qwen_image_tool.catalog import Model, load_catalog
 from qwen_image_tool.cli.commands import run
@@ -449,6 +449,25 @@ def test_what_other_programs_have_is_pointed_out(
     said = "".join(event.text for event in events if isinstance(event, Notice))
     for path in (transformer, encoder):
         assert f'`qit models import "{path}" --as {model.id}`' in said
+
+
+def test_a_download_that_was_stopped_goes_on_around_an_import(
+    hub: LocalHub, repos: Path, model: Model, tmp_path: Path
+) -> None:
+    """As the notice says: stop it, import, and go on."""
+    library = library_of(hub, tmp_path / "models")
+    hub.faults = [Fault("404", 99, where="cdn")]
+    with pytest.raises(DownloadFailed):
+        library.download(model, accept_licence=True)
+    hub.faults.clear()
+    hub.sent.clear()
+    for path in comfy_files(repos, model, tmp_path / "ComfyUI"):
+        library.import_file(path, model)
+    library.download(model)
+    assert {name.split("/")[0] for name in weights_sent(hub)} == {"vae"}
+    assert library.verify(model, full=True) == ()
+    assert locate(model.id, CATALOG, library.models).variant == "imported-BF16"
+    assert library.variants(model) == ("imported-BF16", "imported-text_encoder")
 
 
 @pytest.mark.skipif(

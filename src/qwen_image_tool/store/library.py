@@ -193,7 +193,7 @@ class Library:
         if record is None or name not in record.variants:
             return False
         others = [part for part in model.components if part != "transformer"]
-        return all(record.within(part) for part in others)
+        return all(any(file.repo for file in record.within(part)) for part in others)
 
     def _plan(self, folder: Path, model: Model, name: str, update: bool, emit: Emit) -> Record:
         """The files to have with the variant `name`, pinned: an earlier record's stay as they are,
@@ -219,12 +219,12 @@ class Library:
         return record
 
     def _published(
-        self, model: Model, old: Record, names: Iterable[str], update: bool
+        self, model: Model, old: Record, variants: Iterable[str], update: bool
     ) -> Iterator[Kept]:
         """The hub's files of these variants, but for what other programs' files stand for."""
         hub = self._connect()
         listing = list_files(hub, model.repo, self._revision(hub, model, old, update))
-        for name in names:
+        for name in variants:
             yield from model_files(model, listing, name, old.parts)
             if name not in old.imported and (variant := model.variant(name)):
                 yield variant_file(variant, list_files(hub, variant.repo))
@@ -483,6 +483,8 @@ class Library:
         target = folder / place / path.name
         with self._locked(folder):
             old = read_record(folder) or Record(model=model.id)
+            if not found.unsupported:
+                old = _make_way(folder, old, found.kind)
             if any(file.repo for file in old.weights(place)):
                 raise BadRequest(
                     f"The {WORDS[found.kind]} that {model.name} is published with is here already.",
@@ -594,6 +596,20 @@ def _writing(folder: Path) -> Iterator[None]:
 def _by_note(file: Kept) -> bool:
     """Whether all that read the file follow notes: diffusers and transformers do not."""
     return file.is_weights and file.path.split("/")[0] in BY_NOTE
+
+
+def _make_way(folder: Path, record: Record, part: str) -> Record:
+    """The record without a published part whose weights are not all here: another program's file
+    takes their place."""
+    published = [file for file in record.weights(part) if file.repo]
+    if all(_size(folder / file.path) == file.size for file in published):
+        return record
+    gone = [file for file in record.within(part) if file.repo]
+    for file in gone:
+        delete(folder / file.path)
+    variants = [name for name in record.variants if transformer_folder(name) != part]
+    files = [file for file in record.files if file not in gone]
+    return Record(model=record.model, variants=tuple(variants), files=tuple(files))
 
 
 def _what_changes(model: Model, old: Record, files: dict[str, Kept]) -> str:
