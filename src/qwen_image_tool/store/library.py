@@ -5,12 +5,8 @@ One folder a model in the diffusers layout. Files that several models share (Tur
 """
 
 import shutil
-import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from qwen_image_tool.catalog import Catalog, Model
 from qwen_image_tool.errors import (
@@ -38,6 +34,7 @@ from qwen_image_tool.store.formats import (
 from qwen_image_tool.store.hub import Hub
 from qwen_image_tool.store.licences import Accepted, Licences
 from qwen_image_tool.store.links import content, delete, link, names
+from qwen_image_tool.store.locks import LOCK, ask_to_pause, is_locked, locked, pausable, writing
 from qwen_image_tool.store.places import Elsewhere
 from qwen_image_tool.store.published import licence_text, list_files, model_files, variant_file
 from qwen_image_tool.store.record import (
@@ -55,7 +52,6 @@ from qwen_image_tool.store.record import (
 from qwen_image_tool.store.verify import Fault
 from qwen_image_tool.types import Event, Notice, VerifyProgress
 
-PAUSE_POLL = 0.3  # seconds
 BY_NOTE = ("transformer", "text_encoder", "variants")  # what the engine's own reader opens
 
 Emit = Callable[[Event], None]
@@ -134,11 +130,11 @@ class Library:
         folder = self.folder(model)
         if again or update or not self._is_planned(_record_or_none(folder), model, name):
             self._check_licence(model, accept_licence)
-        with self._locked(folder):
+        with locked(folder):
             if again:
                 self._forget_fetched(folder)
             try:
-                with _pausable(folder, control):
+                with pausable(folder, control):
                     record = self._plan(folder, model, name, update, emit)
                     self._complete(folder, record, emit, control)
             except Cancelled:
@@ -350,7 +346,7 @@ class Library:
                 f" {known[-1].at:%Y-%m-%d}: {licence.url}.",
                 "Read it again, and add --yes-license if you agree.",
             )
-        with _writing(self.models):
+        with writing(self.models):
             self._licences.remember(model.licence, licence, text)
 
     # -- verify, repair, remove --------------------------------------------------------------
@@ -401,7 +397,7 @@ class Library:
                 raise ModelMissing(
                     fault.message, f"`qit models download {model.id}` fetches what is needed."
                 )
-        with self._locked(folder), _pausable(folder, control):
+        with locked(folder), pausable(folder, control):
             for fault in faults:
                 if fault.path in known:
                     delete(folder / fault.path)
@@ -421,7 +417,7 @@ class Library:
             raise BadRequest(
                 f"Of {model.name} no {variant} is here.", f"Here is: {', '.join(here) or 'none'}."
             )
-        with self._locked(folder):
+        with locked(folder):
             left = record and variant and self._without(record, variant)
             if record and left:
                 gone = {folder / file.path for file in record.files if file not in left.files}
@@ -450,12 +446,12 @@ class Library:
         """Ask the process that downloads `model` to stop; it does within a second or so. Raises
         ModelMissing, and BadRequest where none does."""
         folder = self._existing(model)
-        if not _is_locked(folder):
+        if not is_locked(folder):
             raise BadRequest(
                 f"No download of {model.name} is running.",
                 f"`qit models download {model.id}` starts one or goes on with it.",
             )
-        (folder / PRIVATE / "pause").touch()
+        ask_to_pause(folder)
 
     def import_file(
         self,
@@ -481,7 +477,7 @@ class Library:
         is_part = found.kind != "transformer"
         place = found.kind if is_part else transformer_folder(IMPORTED + found.storage)
         target = folder / place / path.name
-        with self._locked(folder):
+        with locked(folder):
             old = read_record(folder) or Record(model=model.id)
             if not found.unsupported:
                 old = _make_way(folder, old, found.kind)
@@ -550,7 +546,7 @@ class Library:
     @staticmethod
     def _clear(folder: Path, keep: Iterable[Path] = ()) -> int:
         """Empty a model's folder but for `keep` and the lock that we hold."""
-        kept, freed = {folder / PRIVATE / "lock", *keep}, 0
+        kept, freed = {folder / LOCK, *keep}, 0
         for path in sorted(folder.rglob("*"), reverse=True):
             if path.is_dir() and not path.is_symlink():
                 if not any(path.iterdir()):
@@ -558,39 +554,6 @@ class Library:
             elif path not in kept:
                 freed += delete(path)
         return freed
-
-    @contextmanager
-    def _locked(self, folder: Path) -> Iterator[None]:
-        """One process at a time changes a model; a killed one's lock is void. Raises DownloadFailed
-        where another one does, and where what is done within can't be written."""
-        with _writing(folder):
-            (folder / PRIVATE).mkdir(parents=True, exist_ok=True)
-            lock = FileLock(folder / PRIVATE / "lock")
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                raise DownloadFailed(
-                    "locked",
-                    f"Another process is working on {folder}.",
-                    "Wait for it, or stop it with `qit models pause`.",
-                ) from None
-            try:
-                yield
-            finally:
-                lock.release()
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Raises DownloadFailed where `folder` can't be written."""
-    try:
-        yield
-    except OSError as error:
-        raise DownloadFailed(
-            "not writable",
-            f"{error.filename or folder} can't be written ({error.strerror}).",
-            "Check who may write there, or set `models` in the config file.",
-        ) from error
 
 
 def _by_note(file: Kept) -> bool:
@@ -638,18 +601,6 @@ def _check_published(model: Model) -> None:
         )
 
 
-def _is_locked(folder: Path) -> bool:
-    """Whether a process changes the model now."""
-    path = folder / PRIVATE / "lock"
-    if not path.exists():
-        return False
-    try:
-        with FileLock(path, timeout=0):
-            return False
-    except Timeout:
-        return True
-
-
 def _record_or_none(folder: Path) -> Record | None:
     """For what has to work beside a record that can't be read: lists, other models, a new start."""
     try:
@@ -675,26 +626,3 @@ def _is(path: Path, file: Kept) -> bool:
         )
     except OSError:
         return False
-
-
-@contextmanager
-def _pausable(folder: Path, control: Control) -> Iterator[None]:
-    """Pause when another process leaves the sign to."""
-    sign = folder / PRIVATE / "pause"
-    sign.unlink(missing_ok=True)
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(PAUSE_POLL):
-            if sign.exists():
-                control.pause()
-                return
-
-    watcher = threading.Thread(target=watch, name="pause", daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        done.set()
-        watcher.join()
-        sign.unlink(missing_ok=True)
