@@ -168,9 +168,7 @@ class Library:
         folder = self.folder(model)
         record = _record_or_none(folder)
         files = record.within(place) if record else ()
-        if not any(file.is_weights for file in files):
-            return None
-        return to_come(folder, files)
+        return to_come(folder, files) if files else None
 
     def _variant_name(self, model: Model, variant: str) -> str:
         """As the catalogue or the import wrote it. Raises BadRequest."""
