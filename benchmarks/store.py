@@ -46,6 +46,7 @@ from qwen_image_tool.store.record import Kept, Record
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "benchmarks.md"
 MODEL = load_catalog().find("qwen-image")
+CONFIGS = [f"{name}/{file}" for name, file in verify.CONFIGS.items() if name in MODEL.components]
 TABLE = """\
 `.venv/bin/python benchmarks/store.py --write`, {date}: {machine}, Python {python}, httpx2 {httpx2};
 medians of {pairs} pairs.
@@ -105,6 +106,9 @@ def full_layout(folder: Path) -> Record:
             )
         index_file = folder / component / "model.safetensors.index.json"
         index_file.write_text(json.dumps({"weight_map": weight_map}))
+    for path in CONFIGS:
+        (folder / path).parent.mkdir()
+        (folder / path).write_text("{}")
     return Record(model="qwen-image", files=tuple(files))
 
 
@@ -193,6 +197,7 @@ def big_repository(hub: LocalHub, size: int) -> None:
     for index, component in enumerate(("transformer", "text_encoder", "vae")):
         name = f"{component}/model.safetensors"
         hub.repos[MODEL.repo][name] = head + bytes([index]) + data[1:]
+    hub.repos[MODEL.repo] |= dict.fromkeys(CONFIGS, b"{}")
 
 
 def run_hub(size: int, certificate: Path | None, pipe: Connection) -> None:

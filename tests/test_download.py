@@ -547,6 +547,16 @@ def test_shared_components_are_stored_once(hub: LocalHub, library: Library) -> N
     assert_whole(hub, library, TURBO)
 
 
+def test_equal_files_of_a_model_are_fetched_once(hub: LocalHub, library: Library) -> None:
+    """As the edit models have their tokenizer twice."""
+    files = published(hub, T2I)
+    twins = [f"scheduler/twin{number}.json" for number in range(6)]
+    files.update(dict.fromkeys(twins, b'{"the": "same"}'))
+    library.download(T2I)
+    assert_whole(hub, library, T2I)
+    assert sum(name in hub.sent for name in twins) == 1
+
+
 def test_what_turbo_adds_is_known_before(library: Library) -> None:
     assert library.to_fetch(TURBO) == TURBO.weight_bytes
     library.download(BASE21, accept_licence=True)

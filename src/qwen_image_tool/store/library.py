@@ -260,8 +260,11 @@ class Library:
                     f"Import it again, or give it up with `qit models remove {record.model}"
                     f" --variant {record.taken_as(file)}`.",
                 )
-        if left:
-            fetch(self._connect(), folder, left, progress, control, self._effort)
+        while left:  # equal files (a tokenizer's, in the processor too) wait under one name
+            once = list({file.identity or file.path: file for file in left}.values())
+            fetch(self._connect(), folder, once, progress, control, self._effort)
+            rest = [file for file in left if file not in once]
+            left = list(self._adopt(folder, rest, progress, emit, control))
 
     def _adopt(
         self,
