@@ -310,14 +310,13 @@ def test_seconds_are_those_of_the_slower_of_bus_and_computation() -> None:
     assert plan(device("cuda", 64, 4)).seconds is None, "no rate is known"
 
 
-# One H100 of shared facts: seconds of a step, both CFG halves; of 2.1 a cached step
+# An H100, docs/benchmarks.md: seconds of a step, both CFG halves; of 2.1 a cached step
 MEASURED = [
-    (FULL, 1328, False, 0.638),
-    (FULL, 1328, True, 0.507),
-    (NEW, 1024, False, 0.157),
-    (NEW, 1024, True, 0.119),
-    (NEW, 2048, False, 0.797),
-    (NEW, 2048, True, 0.666),
+    (FULL, 1328, False, 0.627),
+    (FULL, 1328, True, 0.482),
+    (NEW, 1024, False, 0.148),
+    (NEW, 1024, True, 0.111),
+    (NEW, 2048, False, 0.742),
 ]
 
 

@@ -38,17 +38,21 @@ def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+FORMS = [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
+
+
+@pytest.fixture(params=FORMS, ids=["float32", "bfloat16", "faithful"])
 def pair(family: str, request: pytest.FixtureRequest) -> tuple[Any, Any]:
     """A tiny random VAE as diffusers has it, and its single-frame form."""
+    dtype, faithful = request.param
     torch.manual_seed(3)
     theirs = MAKE[family]().eval().requires_grad_(False)
     for name, weight in theirs.named_parameters():
         if name.endswith("gamma"):
             weight.data.add_(0.3 * torch.randn_like(weight))
-    theirs = theirs.to(request.param)
+    theirs = theirs.to(dtype)
     ours = copy.deepcopy(theirs)
-    vae.make_single_frame(ours)
+    vae.make_single_frame(ours, faithful)
     return theirs, ours
 
 
@@ -94,7 +98,7 @@ def test_in_float32_only_roundings_differ(family: str) -> None:
     model = MAKE[family]().eval()
     latents = cells(model, 9, 6)
     expected = model.decode(latents, return_dict=False)[0][:, :, 0]
-    vae.make_single_frame(model)
+    vae.make_single_frame(model, faithful=False)
     torch.testing.assert_close(pixels(model, latents).clamp(-1, 1), expected, rtol=0, atol=2e-5)
 
 
@@ -114,7 +118,7 @@ def test_strips_give_the_same_picture(pair: tuple[Any, Any], shape: tuple[int, i
 def test_a_strip_is_given_all_that_it_sees_and_no_more(family: str, rows: tuple[int, int]) -> None:
     """What is not a number spreads as far as a decoder looks."""
     model = MAKE[family]().eval()
-    vae.make_single_frame(model)
+    vae.make_single_frame(model, faithful=False)
     decoder, height, scale = model.decoder, 40, vae.scale(model)
     low, high = decoder._needs(rows, height)[0]
     assert low == 0 or low < rows[0]
@@ -134,13 +138,14 @@ def test_a_strip_is_given_all_that_it_sees_and_no_more(family: str, rows: tuple[
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("faithful", [False, True])
 @torch.inference_mode()
-def test_a_decode_never_exceeds_its_plan(family: str, size: Size) -> None:
+def test_a_decode_never_exceeds_its_plan(family: str, size: Size, faithful: bool) -> None:
     """Full-size decoders; and the plan does not ask for much more than they take."""
     decoding, model = DECODINGS[family], full_size(family)
     assert decoding.cell == vae.scale(model)
     latents = cells(model, size.height // decoding.cell, size.width // decoding.cell)
-    vae.make_single_frame(model)
+    vae.make_single_frame(model, faithful)
     known, taken = [*model.parameters(), latents], []
     for strips in (1, 2, 3, 5, 8, 16):
         taken.append(peak_bytes(functools.partial(vae.levels, model, latents, strips), known))
@@ -186,7 +191,7 @@ def test_strips_that_cannot_be(family: str) -> None:
     latents = cells(model, 4, 4)
     with pytest.raises(ValueError, match="no strips"):
         levels(model, latents, 2)
-    vae.make_single_frame(model)
+    vae.make_single_frame(model, faithful=False)
     for strips in (0, 5):
         with pytest.raises(ValueError, match=f"don't make {strips} strips"):
             levels(model, latents, strips)

@@ -36,6 +36,6 @@ class Decoding:
 
 # Counted by tests/live.py; tests/test_vae.py holds them to it
 DECODINGS = {
-    "qwen-image": Decoding(cell=8, head=90, kept=18, strip=680, margin=16, whole=4250),
-    "qwen-image-2.1": Decoding(cell=16, head=68, kept=17, strip=1600, margin=48, whole=6800),
+    "qwen-image": Decoding(cell=8, head=102, kept=18, strip=680, margin=24, whole=4250),
+    "qwen-image-2.1": Decoding(cell=16, head=68, kept=17, strip=2040, margin=48, whole=6800),
 }

@@ -124,7 +124,8 @@ class Needs:
 
     def _device_bytes(self, way: Way) -> dict[PhaseName, int]:
         """Where it is computed: on the GPU, or in RAM. The ring's buffers come with the first step
-        and stay: the next request loads and encodes beside them."""
+        and stay: the next request loads and encodes beside them. The modulation table is made while
+        the prompt is read."""
         model, wide = self.installed, _widened(way)
         layers = model.text_layers
         kept = wide * (
@@ -137,8 +138,8 @@ class Needs:
         rows = wide * self._rows_bytes()
         making = max(rows, wide * PASSING * model.blocks.modulation_bytes)
         return {
-            "load": kept + rows + making,
-            "encode": kept + rows + reading,
+            "load": kept + making,
+            "encode": kept + making + reading,
             "denoise": kept + rows + self.drawing_bytes(way),
             "decode": kept + rows + self.decoding_bytes(way),
         }

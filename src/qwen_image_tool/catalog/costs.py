@@ -55,7 +55,7 @@ def load_costs() -> Costs:
 
 def card(name: str) -> Card:
     """Raises BadRequest that names the nearest card. About 0.85 of the data sheets' peaks, with the
-    bus of a usual machine and an NVMe disk: not measured."""
+    bus of a usual machine and an NVMe disk; only those of an H100 were measured."""
     key = "".join(name.lower().split()).removeprefix("rtx")
     if key not in _CARDS:
         raise BadRequest(f"There is no card {name!r}.", did_you_mean(key, list(_CARDS)))
@@ -79,5 +79,5 @@ _CARDS = {
     "3090": (24, 64, 60, 800, 25),
     "4090": (24, 150, 150, 860, 25),
     "5090": (32, 200, 190, 1520, 50),
-    "h100": (80, 772, 650, 2800, 50),
+    "h100": (80, 698, 511, 2912, 55),
 }

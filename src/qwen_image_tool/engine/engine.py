@@ -224,7 +224,8 @@ class _Parts:
                 family.VAE.from_pretrained(folder / "vae", dtype=self.dtype).to(self.device).eval()
             )
             if plan.single_frame:
-                vae.make_single_frame(self.vae)
+                on_gpu = plan.device not in ("cpu", "mps")
+                vae.make_single_frame(self.vae, on_gpu and plan.dtype == "bfloat16")
             self.transformer = family.Transformer(
                 installed.transformer,
                 plan.placement,

@@ -44,10 +44,15 @@ def levels(vae: Any, cells: torch.Tensor, strips: int = 1) -> torch.Tensor:
     return _levels(vae.decode(cells, return_dict=False)[0][:, :, 0])
 
 
-def make_single_frame(vae: Any) -> None:
+def make_single_frame(vae: Any, faithful: bool) -> None:
     """Turn the VAE's decoder, in place, into one for a single frame: faster, within rounding, and
-    in less memory. `vae.decode` does not work afterwards; `decode` does."""
-    vae.decoder = _Decoder(vae.post_quant_conv, vae.decoder)
+    in less memory. `vae.decode` does not work afterwards; `decode` does.
+
+    `faithful`: a convolution stays the operation that diffusers calls where a GPU's kernels for
+    the shorter one add in another order, so that bfloat16 is rounded to the same numbers. That is
+    slower, and still faster than diffusers' decoder.
+    """
+    vae.decoder = _Decoder(vae.post_quant_conv, vae.decoder, faithful)
 
 
 def crop_centre(image: Image.Image, size: Size) -> Image.Image:
@@ -74,16 +79,21 @@ class _Decoder(nn.Module):
     On Apple's GPU channels-last is not verified.
     """
 
-    def __init__(self, post_quant_conv: Any, decoder: Any) -> None:
+    def __init__(self, post_quant_conv: Any, decoder: Any, faithful: bool) -> None:
         super().__init__()
         middle = decoder.mid_block
-        first, *rest = (_Residual(block) for block in middle.resnets)
+        first, *rest = (_Residual(block, faithful) for block in middle.resnets)
         between = [_Attention(attention) for attention in middle.attentions]
-        self.head = nn.Sequential(_Conv(post_quant_conv), _Conv(decoder.conv_in), first)
+        into = _Conv(post_quant_conv, faithful), _Conv(decoder.conv_in, faithful)
+        self.head = nn.Sequential(*into, first)
         for attention, block in zip(between, rest, strict=True):
             self.head.extend([attention, block])
-        self._parts = [part for up in decoder.up_blocks for part in _up_block(up)]
-        self._parts.append(_Output(decoder.norm_out, decoder.conv_out))
+        *ups, last = decoder.up_blocks
+        self._parts = [part for up in ups for part in _up_block(up, faithful)]
+        # On as many pixels as the picture has, cuDNN's 2D and 3D kernels add in the same order
+        faithful = faithful and decoder.conv_out.weight.ndim == 4
+        self._parts += _up_block(last, faithful)
+        self._parts.append(_Output(decoder.norm_out, decoder.conv_out, faithful))
         self.tail = nn.ModuleList(self._parts)
         kind = decoder.conv_in.weight
         plain = kind.dtype != torch.float32 or kind.device.type == "mps"
@@ -145,19 +155,28 @@ class _Part(_Layer):
 
 class _Conv(_Layer):
     """A convolution. For one frame a causal 3D convolution is the 2D one with its last temporal
-    tap: the others only see the zeros before the first frame."""
+    tap: the others only see the zeros before the first frame. A `faithful` one sees those zeros.
+    Source: QwenImageCausalConv3d, QwenImage21CausalConv3d."""
 
-    def __init__(self, conv: Any) -> None:
+    def __init__(self, conv: Any, faithful: bool = False) -> None:
         super().__init__()
-        taps = conv.weight[:, :, -1] if conv.weight.ndim == 5 else conv.weight
+        causal = getattr(conv, "_padding", None)  # left, right, top, bottom, zeros before
+        self.faithful = faithful and any(causal or ())
+        taps = conv.weight
+        if taps.ndim == 5 and not self.faithful:
+            taps = taps[:, :, -1]
         self.weight = nn.Parameter(taps.clone(), requires_grad=False)
         self.bias = nn.Parameter(conv.bias, requires_grad=False)
-        # A causal convolution pads by itself: left, right, top, bottom
-        causal = getattr(conv, "_padding", None)
         self.padding = (causal[2], causal[0]) if causal else conv.padding
+        self._causal = [*causal][: 2 * (taps.ndim - 2)] if causal else []
 
     def forward(self, frame: torch.Tensor) -> torch.Tensor:
-        return functional.conv2d(frame, self.weight, self.bias, padding=self.padding)
+        if not self.faithful:
+            return functional.conv2d(frame, self.weight, self.bias, padding=self.padding)
+        if self.weight.ndim == 4:
+            return functional.conv2d(functional.pad(frame, self._causal), self.weight, self.bias)
+        frames = functional.pad(frame[:, :, None], self._causal)
+        return functional.conv3d(frames, self.weight, self.bias)[:, :, 0]
 
 
 class _Norm(_Layer):
@@ -178,12 +197,12 @@ class _Norm(_Layer):
 class _Residual(_Part):
     """Source: QwenImageResidualBlock."""
 
-    def __init__(self, block: Any) -> None:
+    def __init__(self, block: Any, faithful: bool) -> None:
         super().__init__()
-        self.norm1, self.conv1 = _Norm(block.norm1), _Conv(block.conv1)
-        self.norm2, self.conv2 = _Norm(block.norm2), _Conv(block.conv2)
+        self.norm1, self.conv1 = _Norm(block.norm1), _Conv(block.conv1, faithful)
+        self.norm2, self.conv2 = _Norm(block.norm2), _Conv(block.conv2, faithful)
         same = isinstance(block.conv_shortcut, nn.Identity)
-        self.shortcut = None if same else _Conv(block.conv_shortcut)
+        self.shortcut = None if same else _Conv(block.conv_shortcut, faithful)
         self._reach = self.conv1.padding[0] + self.conv2.padding[0]
 
     def forward(self, frame: torch.Tensor) -> torch.Tensor:
@@ -266,9 +285,9 @@ class _Doubling(_Part):
 class _Output(_Part):
     """Source: the end of QwenImageDecoder3d.forward."""
 
-    def __init__(self, norm: Any, conv: Any) -> None:
+    def __init__(self, norm: Any, conv: Any, faithful: bool) -> None:
         super().__init__()
-        self.norm, self.conv = _Norm(norm), _Conv(conv)
+        self.norm, self.conv = _Norm(norm), _Conv(conv, faithful)
 
     def forward(self, frame: torch.Tensor) -> torch.Tensor:
         return self.conv(_silu(self.norm(frame)))
@@ -277,9 +296,9 @@ class _Output(_Part):
         return rows[0] - self.conv.padding[0], rows[1] + self.conv.padding[0]
 
 
-def _up_block(block: Any) -> list[_Part]:
+def _up_block(block: Any, faithful: bool) -> list[_Part]:
     """The parts of a QwenImageUpBlock or of a QwenImage21ResidualUpBlock."""
-    parts: list[_Part] = [_Residual(each) for each in block.resnets]
+    parts: list[_Part] = [_Residual(each, faithful) for each in block.resnets]
     if hasattr(block, "avg_shortcut"):
         upsamplers = [block.upsampler] if block.upsampler is not None else []
     else:
