@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import resource
 import statistics
 import subprocess
@@ -558,7 +559,7 @@ def about(options: argparse.Namespace) -> dict[str, Any]:
     from qwen_image_tool.app import library_versions
 
     return {
-        "command": " ".join(["python", "benchmarks/any_card.py", "FOLDER", *sys.argv[2:]]),
+        "command": f"python benchmarks/any_card.py FOLDER {what_was_asked()}",
         "date": time.strftime("%Y-%m-%d"),
         "gpu": torch.cuda.get_device_name(),
         "cuda": torch.version.cuda,
@@ -568,6 +569,12 @@ def about(options: argparse.Namespace) -> dict[str, Any]:
         "size": options.size,
         "steps": options.steps,
     }
+
+
+def what_was_asked() -> str:
+    """The arguments that change what is measured."""
+    text = " ".join(sys.argv[2:])
+    return re.sub(r" *--(json|docs|timeout) \S+", "", text)
 
 
 COLUMNS = (

@@ -1,12 +1,12 @@
 """Measure what the planner counts with, and write it into `catalog/costs.json`.
 
-    python benchmarks/calibrate.py [--folder FOLDER] [--layers 4] [--dry]
+    python benchmarks/calibrate.py [--folder FOLDER] [--layers 12] [--dry]
 
-Needs a GPU, 20 GB of free disk and one to two minutes. Models of full width and few layers are made
-in FOLDER (a temporary one where none is given): what a step takes beside weights does not depend on
-depth. A point of memory is one run of the engine in a process of its own, so that its peaks are its
-own; they run beside each other. Times are taken before that, alone. `--dry` prints and writes
-nothing.
+Needs a GPU, 45 GB of free disk and two to four minutes. Models of full width and few layers are
+made in FOLDER (a temporary one where none is given): what a step takes beside weights does not
+depend on depth. A point of memory is one run of the engine in a process of its own, so that its
+peaks are its own; they run beside each other. Times are taken before that, alone. `--dry` prints
+and writes nothing.
 
 Memory is fitted in hidden states: peak - weights = workspace + (working + held * streams) * state.
 A block's seconds are those of a deeper model less those of a shallower one; what the products and
@@ -37,7 +37,7 @@ from qwen_image_tool.types import Rates, Size
 
 FAMILIES = ("qwen-image", "qwen-image-2.1")
 COMPILED = ("deep compiled", "shallow compiled")
-SHALLOW, STEPS, WARM_STEPS = 2, 8, 2
+SHALLOW, STEPS, WARM_STEPS = 6, 8, 2  # shallower, the host is slower than the device
 PROMPT = "a red circle left of a blue square on a yellow background, drawn with a soft brush"
 # (side, pictures, CFG halves)
 MEMORY = ((512, 1, 1), (1024, 1, 1), (1024, 1, 2), (1024, 3, 2), (1536, 1, 2))
@@ -47,7 +47,7 @@ TIMED_SIDE = {"qwen-image": 1328, "qwen-image-2.1": 1024}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--dry", action="store_true")
     parser.add_argument("--point", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -189,7 +189,7 @@ def family(
 ) -> FamilyCosts:
     deep, shallow = timed["deep"], timed["shallow"]
     pixels = deep["side"] ** 2
-    decoding = deep["decode_seconds"] - pixels * deep["decode_flop"] / rates.matmul
+    decoding = deep["decode_seconds"] - deep["decode_flop"] / rates.matmul
     counted = [DECODINGS[name].bytes(Size(p["side"], p["side"]), 1) for p in peaks]
     slack = max((p["decoding"] - fit[0]) / c for p, c in zip(peaks, counted, strict=True))
     return FamilyCosts(
@@ -200,7 +200,7 @@ def family(
             traffic(name, timed["deep compiled"], timed["shallow compiled"], rates), 1
         ),
         decode_slack=round(max(1.0, slack), 3),
-        decode_flop=round(deep["decode_flop"]),
+        decode_flop=round(deep["decode_flop"] / pixels),
         decode_traffic=round(decoding * rates.memory / pixels),
     )
 
@@ -270,10 +270,13 @@ def run(
     """A warm request with everything on the GPU: peaks of each phase beside what was there before
     it, in bytes; seconds of a step, and of decoding a picture."""
     import psutil
+
+    from qwen_image_tool.engine.probe import torch_facts
+
+    torch_facts()  # sets the allocator as the program does
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    before = used_bytes()
     engine_room, installed = engine_modules(Path(folder))
     request, plan = resident(installed, side, pictures, halves)
     plan = plan.model_copy(update={"compiled": compiled, "attention": attention})
@@ -290,9 +293,12 @@ def run(
     cold = follow(STEPS)
     short, whole = follow(WARM_STEPS), follow(STEPS)
     peaks = follow(WARM_STEPS, afresh=True).peaks
-    with FlopCounterMode(display=False) as counter:
-        flop = follow(WARM_STEPS, counted=counter.get_total_flops).counts
-    context = used_bytes() - before - torch.cuda.memory_reserved()
+    flop = {"decode": 0}
+    if not compiled:  # the counter stops the compiler
+        with FlopCounterMode(display=False) as counter:
+            flop = follow(WARM_STEPS, counted=counter.get_total_flops).counts
+    free, total = torch.cuda.mem_get_info()
+    context = total - free - torch.cuda.memory_reserved()  # right where nothing else runs there
     engine.release()
     scratch.cleanup()
     tokens, hidden = sizes(installed, side)
@@ -343,12 +349,6 @@ def sizes(installed: Any, side: int) -> tuple[int, int]:
     words = len(tokenizer(PROMPT, 1024, truncate=False)) - tokenizer.dropped
     tokens = (side // 16) ** 2
     return tokens, (tokens + words) * installed.blocks.width * 2
-
-
-def used_bytes() -> int:
-    """Of the first GPU, by all processes."""
-    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", "0"]
-    return int(subprocess.run(command, capture_output=True, check=True, text=True).stdout) << 20
 
 
 def about() -> dict[str, Any]:

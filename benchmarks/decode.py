@@ -24,9 +24,11 @@ import diffusers
 import torch
 from diffusers import AutoencoderKLQwenImage, AutoencoderKLQwenImage21
 
+from qwen_image_tool.catalog.costs import load_costs
 from qwen_image_tool.decoding import DECODINGS
 from qwen_image_tool.device import cpu_name
 from qwen_image_tool.engine import vae
+from qwen_image_tool.engine.probe import torch_facts
 from qwen_image_tool.types import Size
 
 GIB = 2**30
@@ -42,7 +44,6 @@ HEADINGS = [
     "VAE", "size", "decode", "cap GiB", "seconds", "of full frame", "working GiB", "reserved GiB",
     "levels apart", "pixels apart",
 ]  # fmt: skip
-ROOM = 0.9  # of what a cap leaves beside the weights: the rest is for the allocator's rounding
 Row = dict[str, Any]
 
 
@@ -56,6 +57,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args(arguments)
+    torch_facts()  # sets the allocator as the program does
     diffusers.logging.set_verbosity_error()
     rows: list[Row] = []
     with torch.inference_mode():
@@ -114,10 +116,13 @@ class Bench:
 
     def strips(self, cap: float) -> int:
         """As the planner would; as many as there can be where none fits."""
-        decoding = DECODINGS[self.family]
+        decoding, costs = DECODINGS[self.family], load_costs()
         weights = sum(p.numel() * p.element_size() for p in self.ours.parameters())
+        left = cap * GIB - weights - costs.workspace_bytes
         most = self.size.height // decoding.cell
-        return decoding.strips(self.size, int((cap * GIB - weights) * ROOM)) or most
+        return (
+            decoding.strips(self.size, int(left / costs.families[self.family].decode_slack)) or most
+        )
 
     def row(self, what: str, model: Any, cap: float | None, strips: int) -> Row:
         """One line of the table."""
