@@ -336,7 +336,8 @@ def cache_dit(options: argparse.Namespace) -> dict[str, Any]:
             if name != blocks:
                 part.to("cuda")
         count = len(pipe.transformer.transformer_blocks)
-        resident = int((options.cap - 4) * GIB / block_bytes(pipe.transformer))
+        # It holds up to eight blocks more, which are on their way
+        resident = int((options.cap - 2) * GIB / block_bytes(pipe.transformer)) - 8
         resident = max(0, min(count - 4, resident))
         layerwise_offload(
             pipe.transformer,

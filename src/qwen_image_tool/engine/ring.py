@@ -59,10 +59,13 @@ class Ring:
             self._begin()
 
     def walk(self) -> Iterator[tuple[int, nn.Module]]:
-        """Every block once, in order, ready to run. After a walk that was left early the next one
-        fills the slots anew."""
+        """Every block once, in order, ready to run; the first fills begin at this call. After a walk
+        that was left early the next one fills the slots anew."""
         if self._next is None:
             self._begin()
+        return self._take_turns()
+
+    def _take_turns(self) -> Iterator[tuple[int, nn.Module]]:
         fill, self._next = self._next or 0, None
         for block in range(self._count):
             if block in self._residents:

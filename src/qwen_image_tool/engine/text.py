@@ -111,9 +111,10 @@ class TextEncoder:
         Qwen2_5_VLTextModel.forward and Qwen3VLTextModel.forward without padding, where sdpa needs
         no mask to be causal.
         """
+        layers = self._layers.walk()  # the first are on their way while the words are read
         states = [self._embed(ids) for ids in prompts]
         rotary = [self._rotary(state) for state in states]
-        for _, layer in self._layers.walk():
+        for _, layer in layers:
             reader.check()
             states = [
                 layer(state, attention_mask=None, position_embeddings=turns)
