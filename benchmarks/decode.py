@@ -24,6 +24,7 @@ import diffusers
 import torch
 from diffusers import AutoencoderKLQwenImage, AutoencoderKLQwenImage21
 
+from qwen_image_tool.catalog import Family
 from qwen_image_tool.catalog.costs import load_costs
 from qwen_image_tool.decoding import DECODINGS
 from qwen_image_tool.device import cpu_name
@@ -34,7 +35,10 @@ from qwen_image_tool.types import Size
 GIB = 2**30
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- decode -->", "<!-- end of decode -->"
-CLASSES = {"qwen-image": AutoencoderKLQwenImage, "qwen-image-2.1": AutoencoderKLQwenImage21}
+CLASSES: dict[Family, Any] = {
+    "qwen-image": AutoencoderKLQwenImage,
+    "qwen-image-2.1": AutoencoderKLQwenImage21,
+}
 SIZES = {"qwen-image": [1024, 1328, 2048], "qwen-image-2.1": [1024, 2048]}
 NARROW: dict[str, dict[str, Any]] = {
     "qwen-image": {"base_dim": 8, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1},
@@ -99,7 +103,7 @@ def measured(bench: "Bench") -> list[Row]:
 class Bench:
     """One VAE, as diffusers' and as ours, and one picture's latents."""
 
-    def __init__(self, family: str, size: Size, options: Any) -> None:
+    def __init__(self, family: Family, size: Size, options: Any) -> None:
         self.family, self.size, self.device = family, size, torch.device(options.device)
         self.on_gpu = self.device.type == "cuda"
         self.caps, self.repeats = options.caps if self.on_gpu else [], options.repeats

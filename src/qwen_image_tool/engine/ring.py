@@ -59,8 +59,8 @@ class Ring:
             self._begin()
 
     def walk(self) -> Iterator[tuple[int, nn.Module]]:
-        """Every block once, in order, ready to run; the first fills begin at this call. After a walk
-        that was left early the next one fills the slots anew."""
+        """Every block once, in order, ready to run; the first fills begin at this call. After one
+        that was left early the next walk fills the slots anew."""
         if self._next is None:
             self._begin()
         return self._take_turns()
