@@ -140,6 +140,11 @@ class Service:
                 self._facts = self.app.look()
             return self.app.with_rates(device.probe(self._facts))
 
+    @property
+    def knows_device(self) -> bool:
+        """Whether torch was asked already, so that `device` need not wait for it."""
+        return self._facts is not None
+
     def plans(self, request: Request, anyway: bool = False) -> tuple[Request, tuple[Plan, ...]]:
         """The request with every choice made; how it would run, and what would be tried next."""
         return self.app.plans(request, self.device(), anyway)
