@@ -154,6 +154,11 @@ class Service:
         here = self.app.seen()
         return [self.app.describe(model, here) for model in self.app.catalog.models]
 
+    def seconds(self, request: Request, plan: Plan) -> float | None:
+        """What a resolved request will take, by the last job like it, else by its plan; None where
+        neither can tell."""
+        return sum(self.supervisor.expected(request).values()) or plan.seconds
+
     def default_model(self) -> str:
         """The one that was chosen, else the newest that is here, else the practice model."""
         chosen = self.remembered().get("model")

@@ -24,6 +24,7 @@ LOOK_SECONDS = 0.2  # between two looks at a job that a program waits for
 
 def build(kit: Kit) -> None:
     t = kit.t
+    guide = kit.html(elem_id="qit-welcome")
     with gr.Row(equal_height=False, elem_classes="qit-columns"):
         with gr.Column(scale=5, min_width=320, elem_id="qit-form"):
             fields, pixels = _fields(kit)
@@ -34,7 +35,6 @@ def build(kit: Kit) -> None:
                     t("Cancel"), variant="stop", elem_id="qit-cancel", interactive=False
                 )
         with gr.Column(scale=7, min_width=320):
-            guide = kit.html(elem_id="qit-welcome")
             show = kit.html(elem_id="qit-stage")
     Create(kit, fields, pixels).wire(plan, go, stop, guide, show)
 
@@ -65,6 +65,7 @@ def _fields(kit: Kit) -> tuple[list[Any], gr.Textbox]:
             1, label=t("Pictures"), minimum=1, maximum=100, precision=0, min_width=90
         )
         seed = gr.Textbox(label=t("Seed"), max_lines=1, min_width=150, elem_id="qit-seed")
+    with gr.Row(elem_id="qit-seeds"):
         random = gr.Checkbox(True, label=t("Random seed"), min_width=130, elem_id="qit-random")
         reuse = gr.Button(t("Reuse last seed"), min_width=130, size="sm", elem_id="qit-reuse")
     with gr.Accordion(t("Advanced"), open=False), gr.Row():
@@ -197,10 +198,11 @@ class Create:
         try:
             request = self._request(values)
             shown = request if request.prompt else request.model_copy(update={"prompt": "-"})
-            _, (plan, *_) = kit.service.plans(shown)
+            resolved, (plan, *_) = kit.service.plans(shown)
             model = kit.service.app.describe(self._model(request.model))
             device = kit.service.device()
-            return plan_box(kit.t, plan, device, model["id"], model["to_fetch"])
+            seconds = kit.service.seconds(resolved, plan)
+            return plan_box(kit.t, plan, seconds, device, model["id"], model["to_fetch"])
         except ToolError as error:
             return refused_box(kit.t, error)
 

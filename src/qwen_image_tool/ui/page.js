@@ -19,6 +19,31 @@
     }
   }, true);
 
+  // What becomes of the job on the stage is read out, and told where the page is not looked at.
+  const heard = document.createElement('div');
+  heard.className = 'qit-heard';
+  heard.setAttribute('aria-live', 'polite');
+  let job = '', state = '';
+  function follow() {
+    const stage = document.querySelector('#qit-stage [data-job]');
+    if (!stage || (stage.dataset.job === job && stage.dataset.state === state)) return;
+    const watched = stage.dataset.job === job && state === 'running';
+    ({job, state} = stage.dataset);
+    heard.textContent = stage.dataset.said;
+    if (watched && document.hidden && state !== 'queued' && window.Notification?.permission === 'granted')
+      new Notification('QwenImageTool', {body: stage.dataset.said, icon: 'favicon.ico', tag: job});
+  }
+  const settled = () => document.body.classList.toggle(
+    'qit-notified', !window.Notification || Notification.permission !== 'default');
+  document.addEventListener('click', event => {
+    if (event.target.closest('[data-do=notify]')) Notification.requestPermission().then(settled);
+  });
+  new MutationObserver(follow).observe(document.documentElement, {childList: true, subtree: true});
+  addEventListener('DOMContentLoaded', () => {
+    document.body.append(heard);
+    settled();
+  });
+
   // A server that is gone is said once, and the page comes back with it.
   const banner = document.createElement('div');
   banner.className = 'qit-gone';

@@ -6,14 +6,13 @@ from qwen_image_tool.ui.kit import button, sentence, size_text, text, time_text
 from qwen_image_tool.ui.words import Words
 
 
-def plan_box(t: Words, plan: Plan, device: Device, model: str, to_fetch: int) -> str:
+def plan_box(
+    t: Words, plan: Plan, seconds: float | None, device: Device, model: str, to_fetch: int
+) -> str:
     """`to_fetch`: bytes of the model that are not on this computer; it can be got from here."""
     needs = [
         _meter(t("Memory"), plan.ram_bytes, device.ram_free_bytes, t),
-        _fact(
-            t("Time"),
-            time_text(t, plan.seconds) if plan.seconds is not None else t("not known yet"),
-        ),
+        _fact(t("Time"), t("not known yet") if seconds is None else time_text(t, seconds)),
         _fact(t("Disk"), size_text(plan.disk_bytes)),
     ]
     if plan.vram_bytes:

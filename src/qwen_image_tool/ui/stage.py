@@ -20,6 +20,8 @@ from qwen_image_tool.ui.kit import (
 )
 from qwen_image_tool.ui.words import Words
 
+LONG = 30.0  # seconds left, from which a person may want to look at something else
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -57,7 +59,7 @@ def stage(t: Words, seen: Scene) -> str:
     """The stage as HTML; `data-state` and `data-said` are for page.js, which announces them."""
     job = seen.job
     if job is None:
-        return _frame("", t("Your picture appears here."), Size(4, 3), "empty")
+        return _frame("", t("Your picture appears here."), Size(800, 600), "empty")
     parts = [_canvas(t, seen, job), _status(t, seen, job), _caption(t, job)]
     said = _headline(t, seen, job)
     return (
@@ -67,7 +69,7 @@ def stage(t: Words, seen: Scene) -> str:
 
 
 def _canvas(t: Words, seen: Scene, job: Job) -> str:
-    size = job.request.size or Size(1, 1)
+    size = job.request.size or Size(800, 600)
     if seen.pictures:
         return _pictures(t, seen.pictures, job)
     if seen.preview:
@@ -80,8 +82,14 @@ def _canvas(t: Words, seen: Scene, job: Job) -> str:
 
 
 def _frame(image: str, said: str, size: Size, kind: str) -> str:
-    shape = f"aspect-ratio:{size.width}/{size.height};--shape:{size.width / size.height:.3f}"
-    return f'<div class="qit-frame {kind}" style="{shape}">{image}<span>{text(said)}</span></div>'
+    inside = f"{image}<span>{text(said)}</span>"
+    return f'<div class="qit-frame {kind}" style="{_shape(size)}">{inside}</div>'
+
+
+def _shape(size: Size) -> str:
+    """A frame keeps its place while the picture forms in it."""
+    shape = f"{size.width / size.height:.4f}"
+    return f"aspect-ratio:{shape};--shape:{shape};--width:{size.width}px"
 
 
 def _pictures(t: Words, pictures: Sequence[Picture], job: Job) -> str:
@@ -99,13 +107,15 @@ def _figure(t: Words, picture: Picture) -> str:
         f'<a class="qit-button" href="{link}" download>{text(t("Download"))}</a>',
         button(t("Open in gallery"), "open", picture=picture.id),
     ]
-    size = picture.size
-    shape = f"aspect-ratio:{size.width}/{size.height};--shape:{size.width / size.height:.3f}"
+    size, seed = picture.size, t("Seed {seed}", seed=picture.seed)
+    image = (
+        f'<img src="{picture_url(picture.id)}" width="{size.width}" height="{size.height}"'
+        f' alt="{text(picture.prompt)}">'
+    )
     return (
-        f'<figure><div class="qit-frame" style="{shape}"><img src="{picture_url(picture.id)}"'
-        f' width="{size.width}" height="{size.height}" alt="{text(picture.prompt)}"></div>'
-        f'<figcaption class="qit-row">{"".join(actions)}<span class="soft">'
-        f"{text(t('Seed {seed}', seed=picture.seed))}</span></figcaption></figure>"
+        f'<figure><div class="qit-frame" style="{_shape(size)}">{image}</div>'
+        f'<figcaption class="qit-row">{"".join(actions)}<span class="soft">{text(seed)}</span>'
+        "</figcaption></figure>"
     )
 
 
@@ -120,9 +130,12 @@ def _status(t: Words, seen: Scene, job: Job) -> str:
         return (
             f'<div class="qit-status">{headline}<div class="qit-row">{again}{restore}</div></div>'
         )
+    left = seen.progress.seconds_left if seen.progress else None
+    long = left is not None and left > LONG
+    notify = button(t("Tell me when it is done"), "notify", "plain") if long else ""
     return (
         f'<div class="qit-status">{headline}{_bar(seen.progress)}'
-        f'<p class="soft">{text(_details(t, seen, job))}</p>{_interrupted(t, job)}</div>'
+        f'<p class="soft">{text(_details(t, seen, job))}</p>{_interrupted(t, job)}{notify}</div>'
     )
 
 

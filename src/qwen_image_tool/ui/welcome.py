@@ -49,7 +49,7 @@ def _advice(service: Service) -> Advice | None:
 def guide(t: Words, now: Steps) -> str:
     """The walk-through as HTML; its buttons: first, get, later."""
     items = [_first(t, now), _own(t, now), _real(t, now)]
-    later = button(t("Close the walk-through"), "later")
+    later = button(t("Close the walk-through"), "later", "plain")
     return (
         f'<section class="qit-card qit-guide" aria-label="{text(t("Walk-through"))}">'
         f"<h3>{text(t('Three steps to your own pictures'))}</h3><ol>{''.join(items)}</ol>{later}"
@@ -59,8 +59,9 @@ def guide(t: Words, now: Steps) -> str:
 
 def _first(t: Words, now: Steps) -> str:
     said = t("The practice model comes with the program and draws coloured shapes in seconds.")
-    start = button(t("Draw a first picture now"), "first", "primary")
-    return _item(t("See a picture form"), said, start, done=now.pictures > 0)
+    done = now.pictures > 0
+    start = "" if done else button(t("Draw a first picture now"), "first", "primary")
+    return _item(t("See a picture form"), said, start, done)
 
 
 def _own(t: Words, now: Steps) -> str:
