@@ -1,7 +1,8 @@
 """A real browser on a real server: what the tests of the page do, in a person's words."""
 
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,15 @@ class Visit:
 
     def press(self, name: str) -> None:
         self.page.get_by_role("button", name=name, exact=True).first.click()
+
+    def advanced(self) -> None:
+        """Unfold what is folded."""
+        if not self.field("Steps").is_visible():
+            self.page.get_by_role("button", name="Advanced").click()
+
+    def reload(self) -> None:
+        self.page.reload()
+        self.page.wait_for_selector("#qit-tabs", timeout=OPENS)
 
     def go(self, tab: str) -> None:
         self.page.get_by_role("tab", name=tab, exact=True).click()
@@ -91,6 +101,22 @@ class Site:
             page.wait_for_selector("#qit-tabs", timeout=OPENS)
             yield Visit(page, self._shots)
             assert not problems, problems
+
+    def settle(self) -> None:
+        """Nothing runs, and no job is remembered."""
+        counts = lambda: self.http.get("/api/queue").json()["counts"]  # noqa: E731
+        self.wait_for(counts, lambda found: not found["queued"] and not found["running"])
+        self.http.delete("/api/jobs")
+
+    def wait_for(
+        self, ask: Callable[[], Any], good: Callable[[Any], bool], seconds: float = 20
+    ) -> Any:
+        """What `ask` gives as soon as it is `good`."""
+        end = time.monotonic() + seconds
+        while not good(found := ask()):
+            assert time.monotonic() < end, f"it stayed {found}"
+            time.sleep(0.05)
+        return found
 
     def another(self, visit: Visit) -> Visit:
         """A second tab of the same browser."""

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browsing import Site
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, expect, sync_playwright
 
+from browsing import SOON, Site
 from dev import find_browser
 from running import process
 
@@ -26,6 +26,7 @@ ARGUMENTS = (
 def browser() -> Iterator[Browser]:
     found = find_browser()
     assert found, "no Chromium: `./qit test` says how to install it"
+    expect.set_options(timeout=SOON)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=found, args=list(ARGUMENTS))
         yield browser

@@ -44,7 +44,9 @@ def _fields(kit: Kit) -> tuple[list[Any], gr.Textbox]:
     t = kit.t
     default = kit.service.app.catalog.find(kit.service.default_model())
     with gr.Row():
-        ratio = gr.Dropdown(list(RATIOS), value="1:1", label=t("Aspect Ratio"), min_width=110)
+        ratio = gr.Dropdown(
+            list(RATIOS), value="1:1", filterable=False, label=t("Aspect Ratio"), min_width=110
+        )
         resolution = gr.Dropdown([NATIVE], value=NATIVE, label=t("Resolution"), min_width=110)
         pixels = gr.Textbox(label=t("Size"), interactive=False, min_width=150, elem_id="qit-pixels")
     prompt = gr.Textbox(
@@ -64,35 +66,25 @@ def _fields(kit: Kit) -> tuple[list[Any], gr.Textbox]:
         images = gr.Number(
             1, label=t("Pictures"), minimum=1, maximum=100, precision=0, min_width=90
         )
-        seed = gr.Textbox(label=t("Seed"), max_lines=1, min_width=150, elem_id="qit-seed")
+        seed = gr.Textbox(
+            label=t("Seed"), placeholder=t("random"), max_lines=1, min_width=150, elem_id="qit-seed"
+        )
     with gr.Row(elem_id="qit-seeds"):
-        random = gr.Checkbox(True, label=t("Random seed"), min_width=130, elem_id="qit-random")
-        reuse = gr.Button(t("Reuse last seed"), min_width=130, size="sm", elem_id="qit-reuse")
+        random = gr.Button(t("Random seed"), min_width=100, size="sm")
+        reuse = gr.Button(t("Reuse last seed"), min_width=100, size="sm")
     with gr.Accordion(t("Advanced"), open=False), gr.Row():
         steps = gr.Number(label=t("Steps"), minimum=1, maximum=1000, precision=0, min_width=90)
         cfg = gr.Number(label=t("True CFG scale"), minimum=1, maximum=50, step=0.5, min_width=90)
         modes = [(t("Standard"), "default"), (t("Exact, as diffusers"), "exact")]
         mode = gr.Dropdown(modes, value="default", label=t("Mode"), min_width=170)
 
-    def last_seed() -> tuple[Any, bool]:
+    def last_seed() -> str:
         job = scene(kit.service).job
-        return (str(job.request.seed), False) if job else (gr.skip(), gr.skip())
+        return str(job.request.seed) if job else ""
 
-    kit.on(reuse.click, last_seed, outputs=[seed, random])
-    kit.on(seed.input, lambda: False, outputs=[random])
-    return [
-        ratio,
-        resolution,
-        prompt,
-        negative,
-        model,
-        images,
-        seed,
-        random,
-        steps,
-        cfg,
-        mode,
-    ], pixels
+    kit.on(random.click, lambda: "", outputs=[seed])
+    kit.on(reuse.click, last_seed, outputs=[seed])
+    return [ratio, resolution, prompt, negative, model, images, seed, steps, cfg, mode], pixels
 
 
 class Create:
@@ -105,25 +97,26 @@ class Create:
         self, plan: gr.HTML, go: gr.Button, stop: gr.Button, guide: gr.HTML, show: gr.HTML
     ) -> None:
         kit, fields = self._kit, self._fields
-        ratio, resolution, _, _, model, _, seed, _, steps, cfg, _ = fields
+        ratio, resolution, _, _, model, _, _, steps, cfg, _ = fields
         whole = [*fields, self._pixels]
         seen = gr.State()
 
         size = [ratio, resolution, model]
-        kit.on([ratio.input, model.input], self._sizes, size, [resolution, self._pixels])
+        kit.on([ratio.select, model.select], self._sizes, size, [resolution, self._pixels])
         kit.on(resolution.change, self._pixels_of, size, [self._pixels])
-        kit.on(model.input, self._sampling, [model], [steps, cfg])
+        kit.on(model.select, self._sampling, [model], [steps, cfg])
         changes = [field.change for field in fields]
         kit.on(changes, self._plan, fields, [plan], trigger_mode="always_last")
 
-        kit.on(go.click, self._generate, fields, [seed])
+        kit.on(go.click, self._generate, fields)
         kit.on(stop.click, self._cancel)
         kit.on_act(plan, self._settle, fields, [kit.tabs, kit.wanted])
         kit.on_act(show, self._act, outputs=[*whole, kit.tabs, kit.wanted])
         kit.on_act(guide, self._guided, outputs=[*whole, kit.tabs, kit.wanted])
         kit.on(kit.clock.tick, self._look, [seen], [show, stop, guide, seen])
         kit.on_wanted("create", self._wanted, whole)
-        kit.on(kit.opened, self._open, outputs=whole)
+        opened = kit.on(kit.opened, self._open, outputs=whole)
+        opened.then(None, js="() => document.body.classList.add('qit-open')")
         gr.api(self.generate, api_name="generate", concurrency_limit=None)
 
     # The form
@@ -208,9 +201,8 @@ class Create:
 
     # The buttons
 
-    def _generate(self, *values: Any) -> str:
-        """Queues it; the seed that was drawn is shown."""
-        return str(self._kit.service.submit(self._request(values), ORIGIN).request.seed)
+    def _generate(self, *values: Any) -> None:
+        self._kit.service.submit(self._request(values), ORIGIN)
 
     def _cancel(self) -> None:
         job = scene(self._kit.service).job
@@ -296,8 +288,7 @@ class Create:
             negative=negative_prompt,
             model=chosen.id,
             images=images,
-            seed=str(seed),
-            random=seed < 0,
+            seed="" if seed < 0 else str(seed),
             steps=steps or None,
             cfg=cfg or None,
             mode="default",

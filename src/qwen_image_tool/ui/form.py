@@ -14,7 +14,7 @@ NATIVE = "Native"  # the resolution that stands for the model's own size of a ra
 @dataclass(frozen=True)
 class Form:
     """The values of the form, in its order. `resolution`: NATIVE, one of the menu, or pixels that
-    the menu does not have, such as "720x720". `seed` counts only where `random` is off."""
+    the menu does not have, such as "720x720". `seed`: text; empty for a random one."""
 
     ratio: str
     resolution: str
@@ -22,8 +22,7 @@ class Form:
     negative: str
     model: str
     images: float | None
-    seed: float | str | None
-    random: bool
+    seed: str | None
     steps: float | None
     cfg: float | None
     mode: Mode
@@ -41,14 +40,14 @@ def request_of(form: Form, model: Model) -> Request:
         size=size_of(form.ratio, form.resolution, model),
         steps=None if form.steps is None else int(form.steps),
         cfg=form.cfg,
-        seed=None if form.random else seed_of(form.seed),
+        seed=seed_of(form.seed),
         images=1 if form.images is None else int(form.images),
         mode=form.mode,
     )
 
 
 def form_of(request: Request, model: Model) -> Form:
-    """The form that asks for this request. A seed that is given is kept, not drawn anew."""
+    """The form that asks for this request."""
     ratio, resolution = entry_of(request.size, model)
     return Form(
         ratio=ratio,
@@ -58,7 +57,6 @@ def form_of(request: Request, model: Model) -> Form:
         model=model.id,
         images=request.images,
         seed="" if request.seed is None else str(request.seed),
-        random=request.seed is None,
         steps=model.sampling.steps if request.steps is None else request.steps,
         cfg=model.sampling.cfg if request.cfg is None else request.cfg,
         mode=request.mode,
@@ -99,9 +97,12 @@ def sizes_of(ratio: str, model: Model) -> dict[str, Size]:
     return own | {resolution: SIZES[ratio, resolution] for resolution in RESOLUTIONS}
 
 
-def seed_of(value: float | str | None) -> int:
-    """Read from text: JavaScript's numbers lose digits of large seeds. Raises BadRequest."""
-    text = str(value or "").strip()
+def seed_of(value: str | None) -> int | None:
+    """None for a random one. Read from text: JavaScript's numbers lose digits of large seeds.
+    Raises BadRequest."""
+    text = (value or "").strip()
+    if not text:
+        return None
     if not text.isdecimal() or int(text) > MAX_SEED:
-        raise BadRequest(f"The seed is {text or 'empty'}.", f"Use a whole number up to {MAX_SEED}.")
+        raise BadRequest(f"The seed is {text}.", f"Use a whole number up to {MAX_SEED}, or none.")
     return int(text)

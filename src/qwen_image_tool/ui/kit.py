@@ -1,11 +1,11 @@
 """What every tab is made with: the service, the words, and the one way to answer an event."""
 
 import html
+import logging
 import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import wraps
 from typing import Any, Literal
 
 import gradio as gr
@@ -16,6 +16,7 @@ from qwen_image_tool.types import Failure
 from qwen_image_tool.ui.words import Words
 
 Tab = Literal["create", "queue", "gallery", "models", "system", "settings"]
+_log = logging.getLogger(__name__)
 Output = Any  # a component of Gradio's: its classes have no common type that mypy knows
 
 # Buttons in HTML say what they do in data-do; Python gets all their data-* by gr.EventData.
@@ -38,7 +39,8 @@ watch('value', () => {
 @dataclass(frozen=True)
 class Kit:
     """`wanted` holds what one tab asks another to show: `ask` sets it, `on_wanted` hears it.
-    `clock` ticks twice a second; `opened` is the event of a page that was opened or reloaded."""
+    `clock` ticks twice a second; `opened` is the event of a page that was opened or reloaded.
+    `said` shows what went wrong last."""
 
     service: Service
     t: Words
@@ -46,6 +48,7 @@ class Kit:
     wanted: gr.State
     clock: gr.Timer
     opened: Any
+    said: gr.HTML
 
     def on(
         self,
@@ -56,14 +59,16 @@ class Kit:
         **options: Any,
     ) -> Any:
         """`do` answers an event. Not through Gradio's queue: a call is one short request, and
-        nothing waits behind another. A ToolError is shown as its sentence.
+        nothing waits behind another. What goes wrong is said, and changes no output.
 
         `trigger`: an event of a component, such as `button.click`, or a list of them; `options` go
         to Gradio.
         """
-        options = {"queue": False, "show_progress": "hidden", "api_visibility": "private"} | options
-        triggers = trigger if isinstance(trigger, list) else [trigger]
-        return gr.on(triggers, spoken(self.t, do), list(inputs), list(outputs), **options)
+
+        def answer(*values: Any) -> Any:
+            return self._said_or_done(do, values, len(outputs))
+
+        return self._listen(trigger, answer, inputs, outputs, options)
 
     def on_act(
         self,
@@ -75,10 +80,36 @@ class Kit:
         """`do(act, *inputs)` answers a button of a `Kit.html`; `act` holds its data-*, as text."""
 
         def answer(event: gr.EventData, *values: Any) -> Any:
-            return spoken(self.t, do)(dict(event._data), *values)
+            return self._said_or_done(do, (dict(event._data), *values), len(outputs))
 
-        hidden = {"show_progress": "hidden", "api_visibility": "private"}
-        return gr.on([shown.click], answer, list(inputs), list(outputs), queue=False, **hidden)
+        return self._listen(shown.click, answer, inputs, outputs, {})
+
+    def _listen(
+        self,
+        trigger: Any,
+        answer: Callable[..., Any],
+        inputs: Sequence[Output],
+        outputs: Sequence[Output],
+        options: dict[str, Any],
+    ) -> Any:
+        triggers = trigger if isinstance(trigger, list) else [trigger]
+        options = {"queue": False, "show_progress": "hidden", "api_visibility": "private"} | options
+        return gr.on(triggers, answer, list(inputs), [*outputs, self.said], **options)
+
+    def _said_or_done(self, do: Callable[..., Any], values: Sequence[Any], outputs: int) -> Any:
+        """The outputs, then what is said of an error. Gradio's own errors are HTTP 500 here."""
+        try:
+            done = do(*values)
+        except ToolError as error:
+            failure = Failure.of(error)
+        except Exception as error:  # noqa: BLE001  no button ends in silence
+            _log.exception("The page's %s failed.", getattr(do, "__name__", do))
+            failure = Failure.from_table("other", f"({error})")
+        else:
+            found = (done,) if outputs == 1 else tuple(done or ())
+            return (*found, gr.skip()) if outputs else gr.skip()
+        said = toast(self.t, failure)
+        return (*(gr.skip() for _ in range(outputs)), said) if outputs else said
 
     def html(self, value: str = "", **options: Any) -> gr.HTML:
         """HTML whose buttons with data-do are heard by `on_act`."""
@@ -98,23 +129,6 @@ class Kit:
             return do(wanted) if wanted and wanted["tab"] == tab else skipped
 
         self.on(self.wanted.change, heard, [self.wanted], outputs)
-
-
-def spoken(t: Words, do: Callable[..., Any]) -> Callable[..., Any]:
-    """`do`, with a ToolError shown as what happened and what to do."""
-
-    @wraps(do)
-    def answer(*arguments: Any) -> Any:
-        try:
-            return do(*arguments)
-        except ToolError as error:
-            raise gr.Error(
-                html.escape(sentence(t, str(error))),
-                title=t("That did not work"),
-                print_exception=False,
-            ) from error
-
-    return answer
 
 
 # Pieces of HTML
@@ -155,6 +169,15 @@ def failure_card(t: Words, failure: Failure, buttons: str = "") -> str:
         f"</strong></p><p>{text(sentence(t, failure.hint))}</p>"
         f'<p class="soft">{text(sentence(t, failure.kept))}</p>{_row(buttons)}</div>'
     )
+
+
+def toast(t: Words, failure: Failure) -> str:
+    """What a button could not do. page.js takes it away with the next press."""
+    what, then = sentence(t, failure.message), sentence(t, failure.hint)
+    close = button("×", "close", "plain", title=t("Close"))
+    said = f"<p><strong>{text(what)}</strong> {text(then)}</p>"
+    again = f'data-at="{time.time_ns()}"'  # the same words a second time are news too
+    return f'<div class="qit-toast qit-card bad" role="alert" {again}>{said}{close}</div>'
 
 
 def _row(buttons: str) -> str:

@@ -9,14 +9,20 @@
     const button = document.getElementById(id);
     if (button && !button.disabled && button.offsetParent) button.click();
   };
+  const open = list => list?.getAttribute('aria-expanded') === 'true';
   document.addEventListener('keydown', event => {
     if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) {
       event.preventDefault();
       document.activeElement?.dispatchEvent(new Event('change', {bubbles: true}));
       press('qit-generate');
-    } else if (event.key === 'Escape' && !document.querySelector('ul[role=listbox]')) {
+    } else if (event.key === 'Escape' && !open(document.activeElement)) {
       press('qit-cancel');
     }
+  }, true);
+
+  // Gradio opens a list at every key, also at the one that leaves it: it would stay open.
+  document.addEventListener('keydown', event => {
+    if (event.key === 'Tab' && event.target.role === 'combobox') event.stopPropagation();
   }, true);
 
   // What becomes of the job on the stage is read out, and told where the page is not looked at.
@@ -43,6 +49,11 @@
     document.body.append(heard);
     settled();
   });
+
+  // What went wrong is said until something else is pressed.
+  document.addEventListener('click', event => {
+    if (event.target.closest('button')) document.querySelector('.qit-toast')?.remove();
+  }, true);
 
   // A server that is gone is said once, and the page comes back with it.
   const banner = document.createElement('div');

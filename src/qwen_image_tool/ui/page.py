@@ -50,8 +50,9 @@ def blocks(service: Service, t: Words) -> gr.Blocks:
     with gr.Blocks(title="QwenImageTool", analytics_enabled=False, fill_width=True) as made:
         gr.HTML(_header(), elem_id="qit-header", apply_default_css=False)
         clock, wanted = gr.Timer(TICK), gr.State()
+        said = gr.HTML(elem_id="qit-said", apply_default_css=False)
         with gr.Tabs(selected="create", elem_id="qit-tabs") as tabs:
-            kit = Kit(service, t, tabs, wanted, clock, made.load)
+            kit = Kit(service, t, tabs, wanted, clock, made.load, said)
             with gr.Tab(t("Create"), id="create", elem_id="qit-create"):
                 create.build(kit)
             with gr.Tab(t("Queue"), id="queue", elem_id="qit-queue"):
