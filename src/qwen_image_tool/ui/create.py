@@ -113,7 +113,7 @@ class Create:
         kit.on_act(plan, self._settle, fields, [kit.tabs, kit.wanted])
         kit.on_act(show, self._act, outputs=[*whole, kit.tabs, kit.wanted])
         kit.on_act(guide, self._guided, outputs=[*whole, kit.tabs, kit.wanted])
-        kit.on(kit.clock.tick, self._look, [seen], [show, stop, guide, seen])
+        kit.on([kit.opened, kit.clock.tick], self._look, [seen], [show, stop, guide, seen])
         kit.on_wanted("create", self._wanted, whole)
         opened = kit.on(kit.opened, self._open, outputs=whole)
         opened.then(None, js="() => document.body.classList.add('qit-open')")

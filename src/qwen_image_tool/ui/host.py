@@ -34,6 +34,7 @@ class Page:
         self._service, self._at_once = service, at_once
         self._loading: dict[Language, asyncio.Task[FastAPI]] = {}
         self._lives = contextlib.AsyncExitStack()
+        self._building = asyncio.Lock()  # Gradio knows one page under construction, not two
 
     async def start(self) -> None:
         if self._at_once:
@@ -64,7 +65,8 @@ class Page:
 
     async def _load(self, language: Language) -> "FastAPI":
         try:
-            app = await asyncio.to_thread(_build, self._service, language)
+            async with self._building:
+                app = await asyncio.to_thread(_build, self._service, language)
             await self._lives.enter_async_context(app.router.lifespan_context(app))
         except Exception:
             _log.exception("The page can't be loaded.")

@@ -45,7 +45,7 @@ class Kit:
     service: Service
     t: Words
     tabs: gr.Tabs
-    wanted: gr.State
+    wanted: gr.JSON
     clock: gr.Timer
     opened: Any
     said: gr.HTML

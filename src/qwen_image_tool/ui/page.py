@@ -49,7 +49,7 @@ def blocks(service: Service, t: Words) -> gr.Blocks:
     made: gr.Blocks
     with gr.Blocks(title="QwenImageTool", analytics_enabled=False, fill_width=True) as made:
         gr.HTML(_header(), elem_id="qit-header", apply_default_css=False)
-        clock, wanted = gr.Timer(TICK), gr.State()
+        clock, wanted = gr.Timer(TICK), gr.JSON(visible="hidden")
         said = gr.HTML(elem_id="qit-said", apply_default_css=False)
         with gr.Tabs(selected="create", elem_id="qit-tabs") as tabs:
             kit = Kit(service, t, tabs, wanted, clock, made.load, said)

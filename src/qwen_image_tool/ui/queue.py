@@ -45,7 +45,7 @@ def build(kit: Kit) -> None:
         change(kit.service, act)
         return gr.skip(), gr.skip()
 
-    kit.on(kit.clock.tick, look, [seen], [shown, seen])
+    kit.on([kit.opened, kit.clock.tick], look, [seen], [shown, seen])
     kit.on_act(shown, act, outputs=[kit.tabs, kit.wanted])
 
 
