@@ -32,6 +32,13 @@ class Visit:
         self.field(label).click()
         self.page.locator("ul[role=listbox] li", has_text=choice).first.click()
 
+    def step(self, label: str, key: str) -> None:
+        """To the next choice of a dropdown, or the one before: ArrowDown, ArrowUp."""
+        field = self.field(label)
+        field.focus()
+        field.press(key)
+        field.press("Enter")
+
     def field(self, label: str) -> Locator:
         return self.page.get_by_label(label, exact=True).first
 

@@ -1,4 +1,4 @@
-"""One browser for all tests of the page; one server for each module of them."""
+"""One browser for all tests of the page; one server."""
 
 import os
 from collections.abc import Iterator
@@ -40,16 +40,27 @@ def shots(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(kept) if kept else tmp_path_factory.mktemp("shots")
 
 
-@pytest.fixture(scope="module")
-def site(
-    request: pytest.FixtureRequest,
-    tmp_path_factory: pytest.TempPathFactory,
-    browser: Browser,
-    shots: Path,
-) -> Iterator[Site]:
-    """`qit ui` in an empty home, over the fake worker; the real one where the module says
-    `REAL_WORKER = True`."""
-    home = tmp_path_factory.mktemp("home")
-    fake = not getattr(request.module, "REAL_WORKER", False)
-    with process(home, "--no-browser", command="ui", fake=fake) as running:
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory, browser: Browser, shots: Path) -> Iterator[Site]:
+    """`qit ui` in an empty home, over the fake worker; one for all tests."""
+    with process(tmp_path_factory.mktemp("home"), "--no-browser", command="ui") as running:
         yield Site(running.url, running.http, running.child, browser, shots)
+
+
+@pytest.fixture(scope="module")
+def real_site(
+    tmp_path_factory: pytest.TempPathFactory, browser: Browser, shots: Path
+) -> Iterator[Site]:
+    """The same over the real worker with the practice model."""
+    home = tmp_path_factory.mktemp("home")
+    with process(home, "--no-browser", command="ui", fake=False) as running:
+        yield Site(running.url, running.http, running.child, browser, shots)
+
+
+@pytest.fixture
+def calm(site: Site) -> None:
+    """No job of another test is left, and nothing is paused."""
+    site.http.post("/api/queue/resume")
+    for view in site.http.get("/api/jobs?state=queued&state=running").json()["jobs"]:
+        site.http.post(f"/api/jobs/{view['job']['id']}/cancel")
+    site.settle()

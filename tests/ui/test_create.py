@@ -24,22 +24,23 @@ def generate(visit: Visit, prompt: str, steps: int | None = None) -> None:
     visit.press("Generate")
 
 
-@pytest.fixture(autouse=True)
-def calm(site: Site) -> None:
-    """No job of another test is left."""
-    for view in site.http.get("/api/jobs?state=queued&state=running").json()["jobs"]:
-        site.http.post(f"/api/jobs/{view['job']['id']}/cancel")
-    site.settle()
+pytestmark = pytest.mark.usefixtures("calm")
 
 
 def test_the_size_menu(site: Site) -> None:
+    """All 28, by keyboard: down the resolutions of one ratio, up those of the next."""
     with site.visit() as visit:
+        visit.choose("Resolution", RESOLUTIONS[0])
+        order = list(RESOLUTIONS)
         for ratio in RATIOS:
-            visit.choose("Aspect Ratio", ratio)
-            for resolution in RESOLUTIONS:
-                visit.choose("Resolution", resolution)
+            for place, resolution in enumerate(order):
+                if place:
+                    visit.step("Resolution", "ArrowDown" if order[0] == "Small" else "ArrowUp")
                 size = SIZES[ratio, resolution]
                 expect(visit.field("Size")).to_have_value(f"{size.width} x {size.height} pixels")
+            if ratio != RATIOS[-1]:
+                visit.step("Aspect Ratio", "ArrowDown")
+                order.reverse()
         expect(visit.field("Size")).not_to_be_editable()
 
 
@@ -90,14 +91,22 @@ def test_the_plan_follows_the_controls(site: Site) -> None:
         expect(visit.plan).to_contain_text("57.7 GB")
         expect(visit.plan.get_by_role("button", name="Get this model")).to_be_visible()
         expect(visit.field("Model")).to_have_value(re.compile("57.7 GB to download"))
-        visit.choose("Model", "Practice model")
+        visit.advanced()
+        expect(visit.field("Steps")).to_have_value("50")
+        visit.write("Steps", "33")
+        visit.field("Model").focus()
+        visit.field("Steps").focus()
+        expect(visit.field("Steps")).to_have_value("33")
+        visit.step("Model", "ArrowUp")
+        visit.step("Model", "ArrowUp")
+        expect(visit.field("Model")).to_have_value(re.compile("Practice model"))
+        expect(visit.field("Steps")).to_have_value("20")
         expect(visit.plan).not_to_contain_text("57.7 GB")
         visit.choose("Resolution", "Large")
         expect(visit.plan).to_contain_text("outside this model's limits")
         expect(visit.plan).to_contain_text("Nearest: size 512x512.")
         visit.choose("Resolution", "Small")
         expect(visit.plan).to_contain_text("What it will need")
-        visit.advanced()
         visit.write("True CFG scale", "1")
         visit.write("Negative prompt", "fog")
         expect(visit.plan).to_contain_text("A negative prompt does nothing at CFG 1.")

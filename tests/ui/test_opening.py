@@ -9,18 +9,6 @@ from browsing import Site
 from running import process
 
 
-def test_the_port_answers_before_gradio_is_there(site: Site) -> None:
-    """The first to come: it is the first test that opens the page of this server."""
-    answer = site.http.get("/", headers={"accept": "text/html", "accept-language": "zh-CN,en"})
-    assert answer.status_code == 200
-    assert "正在打开页面" in answer.text
-    assert len(answer.content) < 5000
-    while not site.http.get("/page/ready", headers={"accept-language": "zh-CN"}).json()["ready"]:
-        pass
-    page = site.http.get("/", headers={"accept": "text/html", "accept-language": "zh-CN,en"})
-    assert "window.gradio_config" in page.text
-
-
 def test_what_is_kept_by_the_browser(site: Site) -> None:
     """Files named by their content for good, everything else not at all."""
     with site.visit() as visit:
@@ -45,8 +33,13 @@ def test_the_gate_stands_before_the_page(site: Site) -> None:
     assert site.http.get("/gradio_api/file=/etc/passwd").status_code == 403
 
 
-def test_a_server_that_ends_is_told(tmp_path: Path, browser: Browser, shots: Path) -> None:
+def test_it_opens_and_ends(tmp_path: Path, browser: Browser, shots: Path) -> None:
+    """A start page at once, in the browser's language; and a word where the server is gone."""
     with process(tmp_path, "--no-browser", command="ui") as running:
+        answer = running.http.get("/", headers={"accept-language": "zh-CN,en"})
+        assert answer.status_code == 200
+        assert "正在打开页面" in answer.text
+        assert len(answer.content) < 5000
         site = Site(running.url, running.http, running.child, browser, shots)
         with site.visit(watched=False) as visit:
             expect(visit.plan).to_contain_text("Memory")

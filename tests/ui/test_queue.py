@@ -22,12 +22,7 @@ def row(visit: Visit, prompt: str) -> Locator:
     return visit.page.locator("#qit-board li", has_text=prompt)
 
 
-@pytest.fixture(autouse=True)
-def calm(site: Site) -> None:
-    site.http.post("/api/queue/resume")
-    for view in site.http.get("/api/jobs?state=queued&state=running").json()["jobs"]:
-        site.http.post(f"/api/jobs/{view['job']['id']}/cancel")
-    site.settle()
+pytestmark = pytest.mark.usefixtures("calm")
 
 
 def test_order_and_cancel(site: Site) -> None:

@@ -44,9 +44,7 @@ def _fields(kit: Kit) -> tuple[list[Any], gr.Textbox]:
     t = kit.t
     default = kit.service.app.catalog.find(kit.service.default_model())
     with gr.Row():
-        ratio = gr.Dropdown(
-            list(RATIOS), value="1:1", filterable=False, label=t("Aspect Ratio"), min_width=110
-        )
+        ratio = gr.Dropdown(list(RATIOS), value="1:1", label=t("Aspect Ratio"), min_width=110)
         resolution = gr.Dropdown([NATIVE], value=NATIVE, label=t("Resolution"), min_width=110)
         pixels = gr.Textbox(label=t("Size"), interactive=False, min_width=150, elem_id="qit-pixels")
     prompt = gr.Textbox(
@@ -92,19 +90,21 @@ class Create:
 
     def __init__(self, kit: Kit, fields: list[Any], pixels: gr.Textbox) -> None:
         self._kit, self._fields, self._pixels = kit, fields, pixels
+        self._settled = gr.State()  # the model whose steps and CFG the form has
 
     def wire(
         self, plan: gr.HTML, go: gr.Button, stop: gr.Button, guide: gr.HTML, show: gr.HTML
     ) -> None:
         kit, fields = self._kit, self._fields
         ratio, resolution, _, _, model, _, _, steps, cfg, _ = fields
-        whole = [*fields, self._pixels]
+        whole = [*fields, self._pixels, self._settled]
         seen = gr.State()
 
         size = [ratio, resolution, model]
-        kit.on([ratio.select, model.select], self._sizes, size, [resolution, self._pixels])
+        # A list that is left tells input too, and one that is used by keyboard tells no select
+        kit.on([ratio.input, model.input], self._sizes, size, [resolution, self._pixels])
         kit.on(resolution.change, self._pixels_of, size, [self._pixels])
-        kit.on(model.select, self._sampling, [model], [steps, cfg])
+        kit.on(model.input, self._sampling, [model, self._settled], [steps, cfg, self._settled])
         changes = [field.change for field in fields]
         kit.on(changes, self._plan, fields, [plan], trigger_mode="always_last")
 
@@ -136,7 +136,7 @@ class Create:
         values = list(form.values())
         values[1] = self._resolutions(form.ratio, form.resolution, model)
         values[4] = gr.Dropdown(self._models(), value=form.model)
-        return (*values, self._pixels_text(form.ratio, form.resolution, model))
+        return (*values, self._pixels_text(form.ratio, form.resolution, model), model.id)
 
     def _model(self, name: str) -> Model:
         return self._kit.service.app.catalog.find(name)
@@ -176,10 +176,12 @@ class Create:
         size = size_of(ratio, resolution, model)
         return self._kit.t("{width} x {height} pixels", width=size.width, height=size.height)
 
-    def _sampling(self, name: str) -> tuple[int, float]:
-        """The model card's own settings."""
+    def _sampling(self, name: str, settled: str) -> tuple[Any, Any, str]:
+        """The model card's own settings, once the model is another."""
+        if name == settled:
+            return gr.skip(), gr.skip(), name
         sampling = self._model(name).sampling
-        return sampling.steps, sampling.cfg
+        return sampling.steps, sampling.cfg, name
 
     def _request(self, values: tuple[Any, ...]) -> Request:
         form = Form(*values)
@@ -248,7 +250,7 @@ class Create:
         return self._filled(Request.model_validate(wanted["request"]))
 
     def _unchanged(self) -> tuple[Any, ...]:
-        return tuple(gr.skip() for _ in (*self._fields, self._pixels))
+        return tuple(gr.skip() for _ in (*self._fields, self._pixels, self._settled))
 
     # The stage
 
