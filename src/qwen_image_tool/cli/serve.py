@@ -52,19 +52,15 @@ def ui(
 
       qit ui --lan --no-browser
     """
-    from qwen_image_tool.server.run import running
-
-    try:
-        where = running(load_settings().data)
-    except Unknown:
-        browse = _nothing if no_browser else _browse
-        _run(Screen(json_ready), host, port, lan, guarded, browse, page_at_once=True)
-        return
     screen = Screen(json_ready)
-    screen.note("QwenImageTool is running already; this is its page.")
-    _welcome(screen, where, lan=False)
-    if not no_browser:
-        _browse(where)
+    if where := _found_running():
+        screen.note("QwenImageTool is running already; this is its page.")
+        _welcome(screen, where, lan=False)
+        if not no_browser:
+            _browse(where)
+    else:
+        then = _nothing if no_browser else _browse
+        _run(screen, host, port, lan, guarded, then, page_at_once=True)
 
 
 def serve(
@@ -149,6 +145,15 @@ def _run(
         run.serve(service, host, port, lan, ready, guarded, page=page)
     finally:
         service.close()
+
+
+def _found_running() -> "Running | None":
+    from qwen_image_tool.server.run import running
+
+    try:
+        return running(load_settings().data)
+    except Unknown:
+        return None
 
 
 def _nothing(_: "Running") -> None:

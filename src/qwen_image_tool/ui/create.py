@@ -2,6 +2,7 @@
 
 import asyncio
 import secrets
+from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
@@ -15,7 +16,7 @@ from qwen_image_tool.ui import welcome
 from qwen_image_tool.ui.form import NATIVE, Form, form_of, request_of, size_of, sizes_of
 from qwen_image_tool.ui.kit import Kit, picture_url, size_text
 from qwen_image_tool.ui.planbox import plan_box, refused_box, waiting_box
-from qwen_image_tool.ui.stage import scene, stage
+from qwen_image_tool.ui.stage import Scene, scene, stage
 
 ORIGIN = "page"
 LAST_JOBS = 20  # among which the page's last one is looked for
@@ -85,6 +86,16 @@ def _fields(kit: Kit) -> tuple[list[Any], gr.Textbox]:
     return [ratio, resolution, prompt, negative, model, images, seed, steps, cfg, mode], pixels
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What a tab of the browser has been sent. `device`: whether it was known what this computer
+    can do."""
+
+    scene: Scene
+    guide: welcome.Steps | None
+    device: bool
+
+
 class Create:
     """Answers the events of the form. What it shows is asked of the service each time."""
 
@@ -113,7 +124,8 @@ class Create:
         kit.on_act(plan, self._settle, fields, [kit.tabs, kit.wanted])
         kit.on_act(show, self._act, outputs=[*whole, kit.tabs, kit.wanted])
         kit.on_act(guide, self._guided, outputs=[*whole, kit.tabs, kit.wanted])
-        kit.on([kit.opened, kit.clock.tick], self._look, [seen], [show, stop, guide, seen])
+        stage_parts = [show, stop, guide, plan, seen]
+        kit.on([kit.opened, kit.clock.tick], self._look, [seen, *fields], stage_parts)
         kit.on_wanted("create", self._wanted, whole)
         opened = kit.on(kit.opened, self._open, outputs=whole)
         opened.then(None, js="() => document.body.classList.add('qit-open')")
@@ -188,8 +200,9 @@ class Create:
         return request_of(form, self._model(form.model))
 
     def _plan(self, *values: Any) -> str:
-        """Waits until it is known what this computer can do, which takes seconds after a start."""
         kit = self._kit
+        if not kit.service.knows_device:
+            return waiting_box(kit.t)
         try:
             request = self._request(values)
             shown = request if request.prompt else request.model_copy(update={"prompt": "-"})
@@ -254,16 +267,18 @@ class Create:
 
     # The stage
 
-    def _look(self, seen: object) -> tuple[Any, ...]:
+    def _look(self, seen: Seen | None, *values: Any) -> tuple[Any, ...]:
         """What is new since `seen`; nothing is sent where nothing is."""
-        kit = self._kit
-        now = scene(kit.service), welcome.steps(kit.service)
+        kit, service = self._kit, self._kit.service
+        now = Seen(scene(service), welcome.steps(service), service.knows_device)
         if now == seen:
-            return tuple(gr.skip() for _ in range(4))
-        shown, guide = now
-        busy = shown.job is not None and not shown.job.has_ended
-        guided = welcome.guide(kit.t, guide) if guide else ""
-        return stage(kit.t, shown), gr.Button(interactive=busy), guided, now
+            return tuple(gr.skip() for _ in range(5))
+        job = now.scene.job
+        busy = job is not None and not job.has_ended
+        guide = welcome.guide(kit.t, now.guide) if now.guide else ""
+        learnt = now.device and not (seen and seen.device)
+        plan = self._plan(*values) if learnt else gr.skip()
+        return stage(kit.t, now.scene), gr.Button(interactive=busy), guide, plan, now
 
     # For programs
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from importlib.resources import files
 from pathlib import Path
 
@@ -41,6 +42,8 @@ def build(service: Service, t: Words) -> FastAPI:
         enable_monitoring=False,
         pwa=False,
     )
+    # Asking torch takes seconds: begun here, so that it does not slow Gradio's own start
+    threading.Thread(target=service.device, name="device", daemon=True).start()
     return app
 
 
