@@ -14,10 +14,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+BROWSERS = (
+    "chromium",
+    "chromium-browser",
+    "google-chrome",
+    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+    "C:/Program Files/Google/Chrome/Application/chrome.exe",
+)
 
 
 def main(arguments: Sequence[str]) -> int:
     name, *rest = arguments
+    if name == "test" and not browser():
+        return 1
     commands = {"test": test, "check": check, "fix": fix}[name](rest)
     codes = [run(command) for command in commands]
     return next((code for code in codes if code), 0)
@@ -25,6 +34,25 @@ def main(arguments: Sequence[str]) -> int:
 
 def test(arguments: Sequence[str]) -> list[list[str]]:
     return [python("pytest", *arguments)]
+
+
+def browser() -> bool:
+    """Whether the tests of the page have one; as root on Debian it is installed. Playwright's own
+    browsers are not used: they come from a host that many networks do not reach."""
+    if find_browser():
+        return True
+    if shutil.which("apt-get") and getattr(os, "geteuid", lambda: 1)() == 0:
+        run(["apt-get", "update", "-qq"])
+        run(["apt-get", "install", "-y", "-qq", "--no-install-recommends", "chromium"])
+    if not find_browser():
+        print("The tests of the page need Chromium or Chrome: install it (Debian, Ubuntu:")
+        print("`sudo apt install chromium`), or name one in QIT_TEST_BROWSER.")
+    return find_browser() is not None
+
+
+def find_browser() -> str | None:
+    named = os.environ.get("QIT_TEST_BROWSER", "")
+    return next(filter(None, map(shutil.which, (named, *BROWSERS))), None)
 
 
 def check(arguments: Sequence[str]) -> list[list[str]]:

@@ -1,9 +1,10 @@
 """A worker without torch, for tests of what is around it: it speaks the same words over the same
 pipes, saves real files, and does what the prompt says.
 
-Words of a prompt: `slow` steps of 0.05 s; `hang` in a step and stop for nobody; `exit N`;
-`signal N`; `say TEXT` on stderr before that; `fail KIND` as the engine would; `once` only the first
-time; `save N`: do it after N pictures are saved; `fill FOLDER for N`: fill its disk for N seconds.
+Words of a prompt: `slow` steps of 0.05 s, `very slow` ones of 0.3 s; `hang` in a step and stop for
+nobody; `exit N`; `signal N`; `say TEXT` on stderr before that; `fail KIND` as the engine would;
+`once` only the first time; `save N`: do it after N pictures are saved; `fill FOLDER for N`: fill
+its disk for N seconds.
 """
 
 import contextlib
@@ -104,7 +105,7 @@ class FakeWorker:
         emit(Planned(plan=plan))
         emit(PhaseStarted(phase="denoise"))
         for step in range(1, (request.steps or 1) + 1):
-            time.sleep(0.05 if "slow" in words else 0)
+            time.sleep(0.3 if "very slow" in words else 0.05 if "slow" in words else 0)
             if run.job in self.stopped:
                 raise Cancelled("Stopped.", "Nothing was written.")
             emit(Stepped(step=step, steps=request.steps or 1, seconds=0.05))

@@ -105,10 +105,14 @@ def server(folder: Path, lan: bool = False, **options: Any) -> Iterator[Live]:
 
 @contextlib.contextmanager
 def process(
-    folder: Path, *arguments: str, fake: bool = True, under: tuple[str, ...] = ()
+    folder: Path,
+    *arguments: str,
+    command: str = "serve",
+    fake: bool = True,
+    under: tuple[str, ...] = (),
 ) -> Iterator[Any]:
-    """`qit serve --json-ready` as a child process; yields its Popen, url and a client. `under`: a
-    command that starts it."""
+    """`qit serve --json-ready` as a child process; yields its Popen, url and a client. `command`:
+    another one that serves; `under`: a command that starts it."""
     environ = os.environ | {"QIT_HOME": str(folder), "QIT_OUTPUT": str(folder / "output")}
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     environ |= {"QIT_TOKEN": TOKEN, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
@@ -116,7 +120,7 @@ def process(
     if fake:
         code = f"import qwen_image_tool.supervisor as s; s.COMMAND = {FAKE!r}\n" + code
     child = subprocess.Popen(
-        [*under, sys.executable, "-c", code, "serve", "--json-ready", "--port", "0", *arguments],
+        [*under, sys.executable, "-c", code, command, "--json-ready", "--port", "0", *arguments],
         env=environ,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -4,6 +4,7 @@ import io
 import json
 import socket
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -138,3 +139,24 @@ def live(tmp_path: Path) -> Live:
     """What is remembered needs no server that runs."""
     with server(tmp_path) as live:
         return live
+
+
+def test_ui_opens_the_page_of_the_one_that_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    opened: list[str] = []
+    done = threading.Event()
+
+    def browse(url: str) -> None:
+        opened.append(url)
+        done.set()
+
+    monkeypatch.setenv("QIT_HOME", str(tmp_path))
+    monkeypatch.setattr("webbrowser.open", browse)
+    with process(tmp_path) as running:
+        assert run(["ui"]) == 0
+        assert done.wait(10)
+        assert opened == [f"{running.url}/?__t={TOKEN}"]
+        assert "running already" in capfd.readouterr().err
+        assert run(["ui", "--no-browser"]) == 0
+        assert len(opened) == 1

@@ -3,8 +3,11 @@
 import time
 from collections.abc import Callable, Mapping
 
+from pydantic import Field
+
 from qwen_image_tool.types import (
     Event,
+    Loading,
     PhaseName,
     PhaseStarted,
     Plan,
@@ -26,6 +29,9 @@ class Progress(Value):
     steps: int = 0
     fraction: float = 0.0
     seconds_left: float | None = None
+    step_seconds: float | None = Field(default=None, description="Mean of the last steps")
+    done_bytes: int = Field(default=0, description="Weights read, of those this run needs now")
+    total_bytes: int = 0
 
 
 class Track:
@@ -42,6 +48,7 @@ class Track:
         self._spent: dict[PhaseName, float] = {}  # in phases that were begun; loading has two parts
         self._step = self._steps = 0
         self._step_seconds: float | None = None
+        self._done_bytes = self._total_bytes = 0
 
     def follow(self, event: Event) -> None:
         if isinstance(event, PhaseStarted):
@@ -50,6 +57,8 @@ class Track:
         elif isinstance(event, Planned) and not self._expected:
             needs = event.plan.phases
             self._expected = {n.phase: n.seconds for n in needs if n.seconds is not None}
+        elif isinstance(event, Loading):
+            self._done_bytes, self._total_bytes = event.done_bytes, event.total_bytes
         elif isinstance(event, Stepped):
             mean = self._step_seconds
             self._step_seconds = (
@@ -74,6 +83,9 @@ class Track:
             steps=self._steps,
             fraction=min(1.0, fraction),
             seconds_left=left,
+            step_seconds=self._step_seconds,
+            done_bytes=self._done_bytes,
+            total_bytes=self._total_bytes,
         )
 
     def _seconds_left(self) -> float | None:

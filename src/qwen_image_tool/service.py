@@ -140,6 +140,11 @@ class Service:
                 self._facts = self.app.look()
             return self.app.with_rates(device.probe(self._facts))
 
+    @property
+    def knows_device(self) -> bool:
+        """Whether torch was asked already, so that `device` need not wait for it."""
+        return self._facts is not None
+
     def plans(self, request: Request, anyway: bool = False) -> tuple[Request, tuple[Plan, ...]]:
         """The request with every choice made; how it would run, and what would be tried next."""
         return self.app.plans(request, self.device(), anyway)
@@ -148,6 +153,11 @@ class Service:
         """Every model, with what it needs on this machine where that was looked at."""
         here = self.app.seen()
         return [self.app.describe(model, here) for model in self.app.catalog.models]
+
+    def seconds(self, request: Request, plan: Plan) -> float | None:
+        """What a resolved request will take, by the last job like it, else by its plan; None where
+        neither can tell."""
+        return sum(self.supervisor.expected(request).values()) or plan.seconds
 
     def default_model(self) -> str:
         """The one that was chosen, else the newest that is here, else the practice model."""

@@ -187,6 +187,20 @@ class Supervisor:
             current = self._current
             return (current.job, current.track.progress(), current.last) if current else None
 
+    def expected(self, request: Request) -> dict[PhaseName, float]:
+        """Seconds a phase of a resolved request, from the last job like it; empty if none was."""
+        alike = next(
+            (
+                job
+                for job in self._jobs.latest(["done"], limit=20)
+                if job.request.model == request.model and job.plan and job.seconds
+            ),
+            None,
+        )
+        if alike is None or alike.plan is None:
+            return {}
+        return scaled(alike.seconds, (alike.request, alike.plan), (request, None))
+
     # The thread
 
     def _run(self) -> None:
@@ -211,7 +225,7 @@ class Supervisor:
             job = self._jobs.take()
             if job is None:
                 return False
-            self._current = current = _Current(job, Track(self._expected(job.request)))
+            self._current = current = _Current(job, Track(self.expected(job.request)))
         self._host.job_changed(job)
         try:
             self._insist(self._safely(current))
@@ -341,19 +355,6 @@ class Supervisor:
             anyway=job.anyway,
             skip=self._skip.pop(job.id, 0),
         )
-
-    def _expected(self, request: Request) -> dict[PhaseName, float]:
-        alike = next(
-            (
-                job
-                for job in self._jobs.latest(["done"], limit=20)
-                if job.request.model == request.model and job.plan and job.seconds
-            ),
-            None,
-        )
-        if alike is None or alike.plan is None:
-            return {}
-        return scaled(alike.seconds, (alike.request, alike.plan), (request, None))
 
     def _living_worker(self) -> "WorkerProcess":
         if self._worker and not self._worker.alive:  # it died while it had nothing to do

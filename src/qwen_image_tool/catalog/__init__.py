@@ -62,7 +62,9 @@ class Sizes(Value):
         )
 
         def fit(side: int) -> int:
-            side = int(side * shrink) // self.multiple * self.multiple
+            side = (
+                int(side * shrink + 1e-6) // self.multiple * self.multiple
+            )  # a root that fits is exact
             return max(side, -(-self.min_side // self.multiple) * self.multiple)
 
         return Size(fit(size.width), fit(size.height))

@@ -30,7 +30,7 @@ cli = typer.Typer(
     help="Make pictures with Alibaba's open Qwen-Image models on this computer.",
 )
 cli.add_typer(models, name="models")
-for command in (server.serve, server.token, server.password, server.mcp):
+for command in (server.ui, server.serve, server.token, server.password, server.mcp):
     cli.command()(command)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]

@@ -1,12 +1,16 @@
-"""`qit serve` and what belongs to it: the token, the password, MCP over stdio."""
+"""`qit ui`, `qit serve` and what belongs to it: the token, the password, MCP over stdio."""
 
 import sys
+import threading
+import webbrowser
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qwen_image_tool.app import App
 from qwen_image_tool.cli.screen import Screen
+from qwen_image_tool.errors import Unknown
 from qwen_image_tool.settings import load_settings
 
 if TYPE_CHECKING:
@@ -15,23 +19,58 @@ if TYPE_CHECKING:
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
-def serve(
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[
-        int | None,
-        typer.Option(help="7860 or the next free one if not given; 0 for any.", min=0, max=65535),
-    ] = None,
-    lan: Annotated[
-        bool, typer.Option("--lan", help="Let other computers in; `qit password` sets a password.")
-    ] = False,
-    json_ready: Annotated[
-        bool, typer.Option("--json-ready", help="Print one line of JSON when it is ready.")
-    ] = False,
-    guarded: Annotated[
-        bool, typer.Option("--guarded", help="End when stdin ends: for the program that starts it.")
-    ] = False,
+Host = Annotated[str, typer.Option(help="Address to listen on.")]
+Port = Annotated[
+    int | None,
+    typer.Option(help="7860 or the next free one if not given; 0 for any.", min=0, max=65535),
+]
+Lan = Annotated[
+    bool, typer.Option("--lan", help="Let other computers in; `qit password` sets a password.")
+]
+JsonReady = Annotated[
+    bool, typer.Option("--json-ready", help="Print one line of JSON when it is ready.")
+]
+Guarded = Annotated[
+    bool, typer.Option("--guarded", help="End when stdin ends: for the program that starts it.")
+]
+NoBrowser = Annotated[bool, typer.Option("--no-browser", help="Do not open the browser.")]
+
+
+def ui(
+    host: Host = "127.0.0.1",
+    port: Port = None,
+    lan: Lan = False,
+    no_browser: NoBrowser = False,
+    json_ready: JsonReady = False,
+    guarded: Guarded = False,
 ) -> None:
-    """Run the queue, the gallery and the APIs until Ctrl-C.
+    """Open the page in the browser; it runs until Ctrl-C.
+
+    [bold]Examples[/]
+
+      qit ui
+
+      qit ui --lan --no-browser
+    """
+    screen = Screen(json_ready)
+    if where := _found_running():
+        screen.note("QwenImageTool is running already; this is its page.")
+        _welcome(screen, where, lan=False)
+        if not no_browser:
+            _browse(where)
+    else:
+        then = _nothing if no_browser else _browse
+        _run(screen, host, port, lan, guarded, then, page_at_once=True)
+
+
+def serve(
+    host: Host = "127.0.0.1",
+    port: Port = None,
+    lan: Lan = False,
+    json_ready: JsonReady = False,
+    guarded: Guarded = False,
+) -> None:
+    """Run the queue, the gallery, the APIs and the page until Ctrl-C.
 
     [bold]Examples[/]
 
@@ -39,25 +78,7 @@ def serve(
 
       qit serve --lan --port 8000
     """
-    from qwen_image_tool.server import run
-    from qwen_image_tool.service import Service
-
-    screen = Screen(json_ready)
-
-    def ready(where: "Running") -> None:
-        if json_ready:
-            screen.line(run.ready_line(where))
-            sys.stdout.flush()
-        else:
-            _welcome(screen, where, lan)
-
-    service = Service(App(load_settings()))
-    try:
-        for said in service.rescued:
-            screen.note(said)
-        run.serve(service, host, port, lan, ready, guarded)
-    finally:
-        service.close()
+    _run(Screen(json_ready), host, port, lan, guarded, _nothing)
 
 
 def token(as_json: Json = False) -> None:
@@ -93,6 +114,56 @@ def mcp() -> None:
     from qwen_image_tool.server.stdio import speak
 
     speak(load_settings())
+
+
+def _run(
+    screen: Screen,
+    host: str,
+    port: int | None,
+    lan: bool,
+    guarded: bool,
+    then: "Callable[[Running], None]",
+    page_at_once: bool = False,
+) -> None:
+    from qwen_image_tool.server import run
+    from qwen_image_tool.service import Service
+    from qwen_image_tool.ui.host import Page
+
+    def ready(where: "Running") -> None:
+        if screen.as_json:
+            screen.line(run.ready_line(where))
+            sys.stdout.flush()
+        else:
+            _welcome(screen, where, lan)
+        then(where)
+
+    service = Service(App(load_settings()))
+    try:
+        for said in service.rescued:
+            screen.note(said)
+        page = Page(service, page_at_once)
+        run.serve(service, host, port, lan, ready, guarded, page=page)
+    finally:
+        service.close()
+
+
+def _found_running() -> "Running | None":
+    from qwen_image_tool.server.run import running
+
+    try:
+        return running(load_settings().data)
+    except Unknown:
+        return None
+
+
+def _nothing(_: "Running") -> None:
+    pass
+
+
+def _browse(where: "Running") -> None:
+    """In a thread: some browsers keep the program that starts them waiting."""
+    url = f"{where.url}/?__t={where.token}"
+    threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
 
 
 def _welcome(screen: Screen, where: "Running", lan: bool) -> None:

@@ -32,7 +32,14 @@ SESSION_SECONDS = 30 * 24 * 3600.0
 MIN_PASSWORD = 8  # characters
 MAX_BODY = 1 << 20  # bytes of a request
 MAX_UPLOAD = 64 << 20  # bytes of a request that carries a picture
-UPLOADS = ("/api/gallery/inspect", "/sdapi/v1/png-info", "/sdapi/v1/img2img", "/v1/images/edits")
+UPLOADS = (
+    "/api/gallery/inspect",
+    "/gradio_api/upload",
+    "/sdapi/v1/png-info",
+    "/sdapi/v1/img2img",
+    "/v1/images/edits",
+)
+HASHED = "/assets/"  # the page's files below it have their content's hash in their names
 OPEN = ("/healthz", "/login")
 SAFE = ("GET", "HEAD", "OPTIONS")
 # Gradio needs inline scripts and eval; nothing comes from or goes to another address
@@ -156,7 +163,7 @@ class Gate:
         headers = Headers(scope=scope)
         answer = self._refusal(scope, headers) or self._entrance(scope, headers)
         if answer:
-            await answer(scope, receive, _protected(send))
+            await answer(scope, receive, _protected(send, scope["path"]))
         else:
             await self._let_in(scope, receive, send)
 
@@ -226,7 +233,7 @@ class Gate:
             started = True
             await protected(message)
 
-        protected = _protected(send)
+        protected = _protected(send, scope["path"])
         with contextlib.suppress(_TooLarge):
             await self._app(scope, counted, watched)
         if read > limit and not started:
@@ -247,13 +254,15 @@ def write_private(path: Path, text: str) -> None:
     new.replace(path)
 
 
-def _protected(send: "Send") -> "Send":
+def _protected(send: "Send", path: str) -> "Send":
+    keep = "private, max-age=31536000, immutable" if path.startswith(HASHED) else "no-store"
+
     async def wrapped(message: "Message") -> None:
         if message["type"] == "http.response.start":
             headers = MutableHeaders(scope=message)
             for name, value in PROTECTION.items():
                 headers.setdefault(name, value)
-            headers.setdefault("cache-control", "no-store")
+            headers.setdefault("cache-control", keep if message["status"] == 200 else "no-store")
         await send(message)
 
     return wrapped

@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 import uvicorn
@@ -21,7 +21,7 @@ from fastapi.responses import HTMLResponse, RedirectResponse
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from qwen_image_tool import __version__
 from qwen_image_tool.errors import BadRequest, ToolError, Unknown
@@ -40,6 +40,7 @@ TRIED_PORTS = 20
 TOKEN_VARIABLE = "QIT_TOKEN"  # noqa: S105
 LEAVE_SECONDS = 2  # for open connections, when the server ends
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+APIS = ("/api", "/v1", "/sdapi", "/mcp")  # below these the page answers nothing
 
 
 class Running(Value):
@@ -49,6 +50,14 @@ class Running(Value):
     port: int
     token: str
     pid: int
+
+
+class Page(Protocol):
+    """What answers where no API does. `start` and `close` are called in the event loop."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None: ...
+    async def start(self) -> None: ...
+    async def close(self) -> None: ...
 
 
 class Stopper:
@@ -70,8 +79,8 @@ def running(data: Path) -> Running:
     raise Unknown("QwenImageTool is not running.", "Start it with `qit serve`.")
 
 
-def build(service: Service, access: Access) -> FastAPI:
-    """All routes over a service, without the gate."""
+def build(service: Service, access: Access, page: Page | None = None) -> FastAPI:
+    """All routes over a service, without the gate; what they don't know goes to the page."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -79,9 +88,13 @@ def build(service: Service, access: Access) -> FastAPI:
         mounted = Mounted(service, hub)
         app.router.routes.append(Route("/mcp", mounted, include_in_schema=False))
         service.start()
+        if page:
+            await page.start()
         yield
         hub.close()
         await mounted.close()
+        if page:
+            await page.close()
 
     app = FastAPI(
         title="QwenImageTool",
@@ -97,6 +110,8 @@ def build(service: Service, access: Access) -> FastAPI:
         app.include_router(router)
     _add_own_routes(app)
     explain_errors(app)
+    if page:
+        app.router.default = _page_or(app.router.default, page)
     return app
 
 
@@ -108,6 +123,7 @@ def serve(
     ready: Callable[[Running], None] = lambda _: None,
     guarded: bool = False,
     stopper: "Stopper | None" = None,
+    page: Page | None = None,
 ) -> None:
     """Listen until a signal or `stopper` asks to end.
 
@@ -127,7 +143,7 @@ def serve(
         token = os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(TOKEN_BYTES)
         access = Access(token, password if lan else None)
         names = [*LOOPBACK, *(own_addresses() if lan else ())]
-        app: FastAPI = build(service, access)
+        app: FastAPI = build(service, access, page)
         gate = Gate(app, access, [f"{name}:{number}" for name in names], number)
         app.state.gate = gate
         url = f"http://{shown(host, lan)}:{number}"
@@ -278,6 +294,14 @@ def _announced(service: Service, where: Running) -> Iterator[None]:
         yield
     finally:
         path.unlink(missing_ok=True)
+
+
+def _page_or(unknown: ASGIApp, page: Page) -> ASGIApp:
+    async def choose(scope: Scope, receive: Receive, send: Send) -> None:
+        below_api = any(f"{scope['path']}/".startswith(f"{root}/") for root in APIS)
+        await (unknown if below_api else page)(scope, receive, send)
+
+    return choose
 
 
 def _add_own_routes(app: FastAPI) -> None:

@@ -1,0 +1,77 @@
+// What Gradio does not do: keys, the page's language, and what is said when the server is gone.
+// window.qit holds the words, see page.py.
+(() => {
+  const said = window.qit;
+  document.documentElement.lang = said.language;
+
+  // Ctrl+Enter generates, Esc cancels: from anywhere on the page, but not out of an open list.
+  const press = id => {
+    const button = document.getElementById(id);
+    if (button && !button.disabled && button.offsetParent) button.click();
+  };
+  const open = list => list?.getAttribute('aria-expanded') === 'true';
+  document.addEventListener('keydown', event => {
+    if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) {
+      event.preventDefault();
+      document.activeElement?.dispatchEvent(new Event('change', {bubbles: true}));
+      press('qit-generate');
+    } else if (event.key === 'Escape' && !open(document.activeElement)) {
+      press('qit-cancel');
+    }
+  }, true);
+
+  // Gradio opens a list at every key, also at the one that leaves it: it would stay open.
+  document.addEventListener('keydown', event => {
+    if (event.key === 'Tab' && event.target.role === 'combobox') event.stopPropagation();
+  }, true);
+
+  // What becomes of the job on the stage is read out, and told where the page is not looked at.
+  const heard = document.createElement('div');
+  heard.className = 'qit-heard';
+  heard.setAttribute('aria-live', 'polite');
+  let job = '', state = '';
+  function follow() {
+    const stage = document.querySelector('#qit-stage [data-job]');
+    if (!stage || (stage.dataset.job === job && stage.dataset.state === state)) return;
+    const watched = stage.dataset.job === job && state === 'running';
+    ({job, state} = stage.dataset);
+    heard.textContent = stage.dataset.said;
+    if (watched && document.hidden && state !== 'queued' && window.Notification?.permission === 'granted')
+      new Notification('QwenImageTool', {body: stage.dataset.said, icon: 'favicon.ico', tag: job});
+  }
+  const settled = () => document.body.classList.toggle(
+    'qit-notified', !window.Notification || Notification.permission !== 'default');
+  document.addEventListener('click', event => {
+    if (event.target.closest('[data-do=notify]')) Notification.requestPermission().then(settled);
+  });
+  new MutationObserver(follow).observe(document.documentElement, {childList: true, subtree: true});
+  addEventListener('DOMContentLoaded', () => {
+    document.body.append(heard);
+    settled();
+  });
+
+  // What went wrong is said until something else is pressed.
+  document.addEventListener('click', event => {
+    if (event.target.closest('button')) document.querySelector('.qit-toast')?.remove();
+  }, true);
+
+  // A server that is gone is said once, and the page comes back with it.
+  const banner = document.createElement('div');
+  banner.className = 'qit-gone';
+  banner.setAttribute('role', 'alert');
+  let gone = false;
+  async function look() {
+    let here = false;
+    try {
+      here = (await fetch('/healthz', {cache: 'no-store'})).ok;
+    } catch { /* not reached */ }
+    if (here && gone) return location.reload();
+    if (!here && !gone) {
+      gone = true;
+      banner.textContent = said.gone;
+      document.body.append(banner);
+      document.body.classList.add('qit-away');
+    }
+  }
+  setInterval(look, 3000);
+})();

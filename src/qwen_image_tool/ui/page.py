@@ -1,0 +1,80 @@
+"""The page: the tabs in their order, the theme, and the FastAPI app that serves them."""
+
+import json
+import os
+import threading
+from importlib.resources import files
+from pathlib import Path
+
+import gradio as gr
+from fastapi import FastAPI
+
+from qwen_image_tool import __version__
+from qwen_image_tool.service import Service
+from qwen_image_tool.ui import create, queue
+from qwen_image_tool.ui.kit import Kit
+from qwen_image_tool.ui.start import logo
+from qwen_image_tool.ui.theme import palette_css, theme
+from qwen_image_tool.ui.words import Words
+
+TICK = 0.5  # seconds
+
+
+def build(service: Service, t: Words) -> FastAPI:
+    """The page in one language, as an app to be served at /."""
+    here = Path(str(files(__package__)))
+    os.environ["GRADIO_TEMP_DIR"] = str(service.app.settings.cache / "page")  # uploads go there
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+    gr.mount_gradio_app(
+        app,
+        blocks(service, t),
+        path="/",
+        footer_links=[],
+        run_history=False,
+        theme=theme(),
+        css=palette_css() + (here / "page.css").read_text(encoding="utf-8"),
+        head=_head(t, (here / "page.js").read_text(encoding="utf-8")),
+        favicon_path=str(here / "logo.svg"),
+        allowed_paths=[],
+        max_file_size="64mb",
+        ssr_mode=False,
+        mcp_server=False,
+        enable_monitoring=False,
+        pwa=False,
+    )
+    # Asking torch takes seconds: begun here, so that it does not slow Gradio's own start
+    threading.Thread(target=service.device, name="device", daemon=True).start()
+    return app
+
+
+def blocks(service: Service, t: Words) -> gr.Blocks:
+    """All tabs. A tab is a module whose `build` is called inside of it."""
+    made: gr.Blocks
+    with gr.Blocks(title="QwenImageTool", analytics_enabled=False, fill_width=True) as made:
+        gr.HTML(_header(), elem_id="qit-header", apply_default_css=False)
+        clock, wanted = gr.Timer(TICK), gr.JSON(visible="hidden")
+        said = gr.HTML(elem_id="qit-said", apply_default_css=False)
+        with gr.Tabs(selected="create", elem_id="qit-tabs") as tabs:
+            kit = Kit(service, t, tabs, wanted, clock, made.load, said)
+            with gr.Tab(t("Create"), id="create", elem_id="qit-create"):
+                create.build(kit)
+            with gr.Tab(t("Queue"), id="queue", elem_id="qit-queue"):
+                queue.build(kit)
+    return made
+
+
+def _header() -> str:
+    return f'{logo()}<h1>QwenImageTool</h1><span class="soft">{__version__}</span>'
+
+
+def _head(t: Words, script: str) -> str:
+    """The page's own script, with the words that it says."""
+    said = {
+        "language": "zh-CN" if t.language == "zh" else "en",
+        "gone": t(
+            "QwenImageTool has ended, or can't be reached. Start it again; the queue is kept."
+        ),
+        "done": t("Your picture is ready."),
+    }
+    words = json.dumps(said).replace("<", "\\u003c")
+    return f"<script>window.qit = {words};\n{script}</script>"

@@ -1,0 +1,120 @@
+"""The page says everything in both languages."""
+
+import ast
+import json
+import re
+import string
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import qwen_image_tool.ui
+from qwen_image_tool.catalog import load_catalog
+from qwen_image_tool.catalog.sizes import RESOLUTIONS
+from qwen_image_tool.errors import TROUBLES
+from qwen_image_tool.planner import plans
+from qwen_image_tool.store import as_published
+from qwen_image_tool.types import Device, Rates, Request, Size
+from qwen_image_tool.ui.words import load_words
+
+UI = Path(qwen_image_tool.ui.__file__).parent
+
+
+def said() -> set[str]:
+    """Every sentence that a module of the page says through its words."""
+    return {text for path in UI.glob("*.py") for text in _said(path)} | set(RESOLUTIONS)
+
+
+def _said(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and _is_words(node.func) and node.args:
+            assert isinstance(node.args[0], ast.Constant | ast.Name), ast.unparse(node)
+            if isinstance(node.args[0], ast.Constant):
+                yield str(node.args[0].value)
+
+
+def _is_words(function: ast.expr) -> bool:
+    name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+    return name == "t"
+
+
+def tables() -> dict[str, dict[str, str]]:
+    return {path.name: json.loads(path.read_text("utf-8")) for path in (UI / "zh").glob("*.json")}
+
+
+def test_every_sentence_is_said_in_chinese() -> None:
+    known = {text for table in tables().values() for text in table}
+    assert said() - known == set()
+    heard = {*tables()["troubles.json"], *tables()["program.json"]}
+    assert known - said() - heard == set(), "nobody says these any more"
+
+
+def test_what_the_program_says_is_said_in_chinese() -> None:
+    zh = load_words("zh")
+    for trouble in TROUBLES.values():
+        for text in filter(None, trouble):
+            assert chinese(zh.known(text)), text
+
+
+@pytest.mark.parametrize("model", ["qwen-image-2512", "qwen-image-2.1"])
+def test_reasons_of_plans_are_said_in_chinese(model: str) -> None:
+    """On cards and memories of many sizes, with everything that planner says of them."""
+    zh, installed = load_words("zh"), as_published(load_catalog().find(model))
+    request = installed.model.resolve(Request(model=model, prompt="x", size=Size(1600, 900)), 0)
+    for vram in (None, 4, 24, 90):
+        for ram in (8, 24, 64):
+            for mode in ("default", "exact"):
+                asked = request.model_copy(update={"mode": mode})
+                for plan in plans(asked, installed, machine(ram, vram), anyway=True):
+                    for reason in plan.reasons:
+                        assert chinese(zh.known(reason)), reason
+
+
+def machine(ram: int, vram: int | None) -> Device:
+    memory = {"ram_bytes": ram * 2**30, "ram_free_bytes": ram * 2**30}
+    if vram is None:
+        return Device(kind="cpu", name="CPU", **memory)
+    rates = Rates(matmul=1e14, attention=1e14, memory=1e12, bus=2e10, pageable=1e10, disk=2e9)
+    return Device(
+        kind="cuda",
+        name="GeForce RTX 4090",
+        vram_bytes=vram * 2**30,
+        vram_free_bytes=vram * 2**30,
+        system="win32" if ram == 24 else "linux",
+        bf16=ram != 8,
+        rates=rates.model_copy(update={"compiler": True, "compile_seconds": 40.0}),
+        **memory,
+    )
+
+
+def chinese(text: str) -> bool:
+    """No English sentence is left in it."""
+    return not re.search(r"[a-z]+ [a-z]+ [a-z]+", text)
+
+
+def test_no_sentence_has_two_translations() -> None:
+    seen: dict[str, str] = {}
+    for table in tables().values():
+        for text, translated in table.items():
+            assert seen.setdefault(text, translated) == translated
+
+
+def test_translations_have_the_fields_of_their_sentence() -> None:
+    for table in tables().values():
+        for text, translated in table.items():
+            if text in said():
+                assert fields(text) == fields(translated), text
+
+
+def test_a_sentence_is_filled_in() -> None:
+    assert load_words("en")("{s} s", s=3) == "3 s"
+    assert load_words("zh")("{s} s", s=3) == "3 秒"
+    assert load_words("zh").known("no {such} sentence") == "no {such} sentence"
+    assert (
+        load_words("zh").known("The seed is x. Nobody said this.") == "种子为 x。 Nobody said this."
+    )
+
+
+def fields(text: str) -> set[str]:
+    return {name for _, name, _, _ in string.Formatter().parse(text) if name}

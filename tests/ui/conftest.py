@@ -1,0 +1,66 @@
+"""One browser for all tests of the page; one server."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, expect, sync_playwright
+
+from browsing import SOON, Site
+from dev import find_browser
+from running import process
+
+ARGUMENTS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    found = find_browser()
+    assert found, "no Chromium: `./qit test` says how to install it"
+    expect.set_options(timeout=SOON)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=list(ARGUMENTS))
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def shots(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where pictures of the page go: $QIT_TEST_SHOTS, to keep them."""
+    kept = os.environ.get("QIT_TEST_SHOTS")
+    return Path(kept) if kept else tmp_path_factory.mktemp("shots")
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory, browser: Browser, shots: Path) -> Iterator[Site]:
+    """`qit ui` in an empty home, over the fake worker; one for all tests."""
+    with process(tmp_path_factory.mktemp("home"), "--no-browser", command="ui") as running:
+        yield Site(running.url, running.http, running.child, browser, shots)
+
+
+@pytest.fixture(scope="module")
+def real_site(
+    tmp_path_factory: pytest.TempPathFactory, browser: Browser, shots: Path
+) -> Iterator[Site]:
+    """The same over the real worker with the practice model."""
+    home = tmp_path_factory.mktemp("home")
+    with process(home, "--no-browser", command="ui", fake=False) as running:
+        yield Site(running.url, running.http, running.child, browser, shots)
+
+
+@pytest.fixture
+def calm(site: Site) -> None:
+    """No job of another test is left, and nothing is paused."""
+    site.http.post("/api/queue/resume")
+    for view in site.http.get("/api/jobs?state=queued&state=running").json()["jobs"]:
+        site.http.post(f"/api/jobs/{view['job']['id']}/cancel")
+    site.settle()

@@ -1,0 +1,105 @@
+"""The Queue in a real browser; and what is said where no queue can be shown."""
+
+import re
+from typing import Any
+
+import pytest
+from playwright.sync_api import Locator, expect
+
+from browsing import Site, Visit
+
+
+def submit(site: Site, prompt: str, **more: Any) -> str:
+    body = {"model": "practice", "prompt": prompt, "size": "256x256", "seed": 5, **more}
+    return str(site.http.post("/api/jobs", json=body).json()["job"]["id"])
+
+
+def waiting(site: Site) -> list[str]:
+    return [job["request"]["prompt"] for job in site.http.get("/api/queue/jobs").json()]
+
+
+def row(visit: Visit, prompt: str) -> Locator:
+    return visit.page.locator("#qit-board li", has_text=prompt)
+
+
+pytestmark = pytest.mark.usefixtures("calm")
+
+
+def test_order_and_cancel(site: Site) -> None:
+    with site.visit() as visit:
+        submit(site, "very slow first", steps=200)
+        for prompt in ("second", "third", "fourth"):
+            submit(site, prompt)
+        visit.go("Queue")
+        visit.sees("Waiting (3)")
+        visit.sees(re.compile(r"Drawing: step \d+ of 200 · "))
+        row(visit, "fourth").get_by_role("button", name="Sooner").click()
+        site.wait_for(lambda: waiting(site), lambda found: found == ["second", "fourth", "third"])
+        expect(visit.page.locator("#qit-board li").nth(2)).to_contain_text("fourth")
+        row(visit, "second").get_by_role("button", name="Later").click()
+        site.wait_for(lambda: waiting(site), lambda found: found == ["fourth", "second", "third"])
+        row(visit, "third").get_by_role("button", name="Cancel").click()
+        site.wait_for(lambda: waiting(site), lambda found: found == ["fourth", "second"])
+        visit.shot("queue-busy")
+        row(visit, "very slow first").get_by_role("button", name="Cancel").click()
+        expect(row(visit, "very slow first")).to_contain_text("Stopped")
+        expect(row(visit, "second")).to_contain_text("Done in")
+
+
+def test_what_failed_is_told_and_tried_again(site: Site) -> None:
+    with site.visit() as visit:
+        submit(site, "fail disk full")
+        visit.go("Queue")
+        expect(row(visit, "fail disk full")).to_contain_text("The fake failed. Do something.")
+        row(visit, "fail disk full").get_by_role("button", name="Retry").click()
+        expect(row(visit, "fail disk full")).to_have_count(2)
+        visit.press("Clear what has ended")
+        visit.sees("Nothing waits.")
+        expect(visit.page.locator("#qit-board li")).to_have_count(0)
+
+
+def test_settings_go_back_into_the_form(site: Site) -> None:
+    with site.visit() as visit:
+        submit(site, "a blue star", size="320x180", steps=7)
+        visit.go("Queue")
+        row(visit, "a blue star").get_by_role("button", name="Restore settings").click()
+        expect(visit.field("Prompt")).to_have_value("a blue star")
+        expect(visit.field("Size")).to_have_value("320 x 180 pixels")
+        visit.advanced()
+        expect(visit.field("Steps")).to_have_value("7")
+
+
+def test_pause_and_resume(site: Site) -> None:
+    with site.visit() as visit:
+        visit.go("Queue")
+        submit(site, "very slow to pause", steps=100)
+        visit.press("Pause and free the memory")
+        visit.sees("The queue is paused and the memory is free for other programs.")
+        visit.go("Create")
+        visit.state("queued")
+        visit.sees("The queue is paused: resume it on the Queue tab.")
+        visit.go("Queue")
+        visit.press("Resume")
+        visit.go("Create")
+        visit.state("running")
+
+
+def test_a_button_that_comes_too_late_says_so(site: Site) -> None:
+    with site.visit() as visit:
+        submit(site, "very slow", steps=100)
+        job = submit(site, "too late")
+        visit.go("Queue")
+        expect(row(visit, "too late")).to_be_visible()
+        visit.page.route("**/gradio_api/run/predict", lambda route: _late(route, site, job))
+        row(visit, "too late").get_by_role("button", name="Cancel").click()
+        visit.sees("The job is cancelled already.")
+        visit.shot("toast")
+        visit.page.get_by_role("button", name="Close", exact=True).click()
+        expect(visit.page.get_by_text("The job is cancelled already.")).to_have_count(0)
+
+
+def _late(route: Any, site: Site, job: str) -> None:
+    """Somebody else cancels it just before."""
+    if job in (route.request.post_data or "") and "cancel" in route.request.post_data:
+        site.http.post(f"/api/jobs/{job}/cancel")
+    route.continue_()
