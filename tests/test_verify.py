@@ -11,11 +11,18 @@ import pytest
 import tiny
 from hub import LocalHub, serve
 from qwen_image_tool.catalog import load_catalog
-from qwen_image_tool.errors import BadRequest, Cancelled, ModelBroken, ModelMissing
-from qwen_image_tool.store.download import Effort
+from qwen_image_tool.errors import (
+    BadRequest,
+    Cancelled,
+    DownloadFailed,
+    ModelBroken,
+    ModelMissing,
+)
+from qwen_image_tool.store.download import Control, Effort
 from qwen_image_tool.store.hub import Hub
 from qwen_image_tool.store.library import Library
 from qwen_image_tool.store.record import PRIVATE, record_path
+from qwen_image_tool.types import Event
 
 CATALOG = load_catalog()
 MODEL = CATALOG.find("qwen-image-2.1")
@@ -222,3 +229,40 @@ def test_a_variant_that_is_not_here_is_not_removed(library: Library, recorded: b
     with pytest.raises(BadRequest, match=r"no comfy-bf16 is here. Here is: bf16\."):
         library.remove(MODEL, "comfy-bf16")
     assert library.verify(MODEL) == ()
+
+
+@pytest.mark.parametrize("data", [b"junk" * 100, None], ids=["broken", "sound"])
+def test_a_file_that_is_no_part_of_the_model_is_said(library: Library, data: bytes | None) -> None:
+    """Where no index names the files, the engine reads all that are there."""
+    vae = library.folder(MODEL) / "vae"
+    stray = vae / "another.safetensors"
+    stray.write_bytes(data or next(vae.glob("*.safetensors")).read_bytes())
+    [fault] = library.verify(MODEL)
+    assert fault.path == "vae/another.safetensors"
+    for mend in (library.repair, library.download):
+        with pytest.raises(DownloadFailed, match="move it away"):
+            mend(MODEL)
+    stray.unlink()
+    assert library.repair(MODEL) == ()
+
+
+def test_beside_an_index_other_files_are_not_read(library: Library) -> None:
+    (library.folder(MODEL) / FIRST).with_name("another.safetensors").write_bytes(b"junk")
+    assert library.verify(MODEL, full=True) == ()
+
+
+def test_a_cancelled_repair_leaves_nothing_half(hub: LocalHub, library: Library) -> None:
+    (library.folder(MODEL) / FIRST).unlink()
+    control = Control()
+
+    def cancel(event: Event) -> None:
+        if hub.sent[FIRST]:
+            control.cancel()
+
+    hub.bytes_per_second = 100_000
+    with pytest.raises(Cancelled):
+        library.repair(MODEL, cancel, control)
+    assert not (library.folder(MODEL) / PRIVATE / "partial").exists()
+    hub.bytes_per_second = 0
+    library.repair(MODEL)
+    assert not (library.folder(MODEL) / PRIVATE / "partial").exists()

@@ -133,16 +133,9 @@ class Library:
         with locked(folder):
             if again:
                 self._forget_fetched(folder)
-            try:
-                with pausable(folder, control):
-                    record = self._plan(folder, model, name, update, emit)
-                    self._complete(folder, record, emit, control)
-            except Cancelled:
-                shutil.rmtree(folder / PRIVATE / "partial", ignore_errors=True)
-                raise
-            shutil.rmtree(folder / PRIVATE / "partial", ignore_errors=True)
-        if faults := verify.quick(folder, record, model.components):
-            raise DownloadFailed("hash", faults[0].message, "Run `qit models repair`.")
+            with pausable(folder, control):
+                record = self._plan(folder, model, name, update, emit)
+                self._finish(folder, record, model, emit, control)
         return folder
 
     def to_fetch(self, model: Model, variant: str = "") -> int:
@@ -240,6 +233,20 @@ class Library:
             path = folder / file.path
             if file.path not in known and content(path).is_file() and not _is(path, file):
                 delete(path)
+
+    def _finish(
+        self, folder: Path, record: Record, model: Model, emit: Emit, control: Control
+    ) -> None:
+        """Fetch what is missing, and look at the whole. Raises DownloadFailed, Paused, Cancelled."""
+        try:
+            self._complete(folder, record, emit, control)
+        except Cancelled:
+            shutil.rmtree(folder / PRIVATE / "partial", ignore_errors=True)
+            raise
+        shutil.rmtree(folder / PRIVATE / "partial", ignore_errors=True)
+        if faults := verify.quick(folder, record, model.components):
+            hint = f"Then `qit models repair {model.id}` looks at every byte."
+            raise DownloadFailed("hash", faults[0].message, hint)
 
     def _complete(self, folder: Path, record: Record, emit: Emit, control: Control) -> None:
         progress = Progress(record.model, sum(file.size for file in record.files), emit)
@@ -402,7 +409,7 @@ class Library:
             for fault in faults:
                 if fault.path in known:
                     delete(folder / fault.path)
-            self._complete(folder, record, emit, control)
+            self._finish(folder, record, model, emit, control)
         return faults
 
     def remove(self, model: Model, variant: str = "") -> int:

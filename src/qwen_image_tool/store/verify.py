@@ -95,17 +95,25 @@ def read_components(
     """The sub-folders `components` that are there, and those of the transformer's variants."""
     variants = [transformer_folder(name) for name in record.variants] if record else []
     return {
-        name: _read_component(folder / name, f"{name}/")
+        name: _read_component(folder / name, f"{name}/", _recorded(record, name))
         for name in dict.fromkeys((*components, *variants))
         if (folder / name).is_dir()
     }
 
 
-def _read_component(folder: Path, prefix: str) -> Component:
-    """Every weight file has a sound header, and holds the tensors its index says."""
+def _recorded(record: Record | None, place: str) -> set[str]:
+    """The names of a sub-folder's weight files, as far as they are known."""
+    return {Path(file.path).name for file in record.weights(place)} if record else set()
+
+
+def _read_component(folder: Path, prefix: str, recorded: set[str]) -> Component:
+    """Every weight file has a sound header, and holds the tensors its index says. One that the
+    index does not name is not read; where there is no index, all are, so there must be no other
+    than those `recorded`."""
     faults: list[Fault] = []
     headers: dict[str, Header] = {}
-    for name, file in weight_files(folder).items():
+    files = weight_files(folder)
+    for name, file in files.items():
         try:
             headers[name] = read_header(file)
         except ModelBroken as error:
@@ -121,8 +129,18 @@ def _read_component(folder: Path, prefix: str) -> Component:
             found = _check_shards(folder, shards, headers, prefix)
             named |= set(shards)
         faults += [fault for fault in found if fault.path not in known]
-    weights = {name: header for name, header in headers.items() if name in (named or headers)}
+    ours = named or recorded or set(files)
+    others = {prefix + name for name in files.keys() - ours}
+    faults = [fault for fault in faults if fault.path not in others]
+    faults += [_stray(folder, prefix, path) for path in sorted(others) if not named]
+    weights = {name: header for name, header in headers.items() if name in ours}
     return Component(weights, tuple(faults))
+
+
+def _stray(folder: Path, prefix: str, path: str) -> Fault:
+    file = folder / path.removeprefix(prefix)
+    message = f"The file {file} is no part of the model, and would be read: move it away."
+    return Fault(path=path, kind="swapped", message=message)
 
 
 def read_json(path: Path) -> dict[str, Any]:
