@@ -92,6 +92,10 @@ class Names:
         "https://169.254.169.254/latest",
         "https://[::1]/x",
         "https://10.0.0.1/x",
+        "https://example.com:99999/x",
+        "https://[bad/x",
+        "https://example..com/x",
+        "https://example.com\x7f/x",
     ],
 )
 @pytest.mark.parametrize("proxied", [False, True], ids=["direct", "by a proxy"])

@@ -92,6 +92,20 @@ def set_in(path: Path, **values: object) -> None:
             ModelUnsupported,
             "edits or splits",
         ),
+        *(
+            (
+                lambda f, part=part, values=values: set_in(f / part / "config.json", **values),
+                ModelBroken,
+                "is not what it should be",
+            )
+            for part, values in (
+                ("transformer", {"num_layers": "many"}),
+                ("transformer", {"num_attention_heads": None}),
+                ("text_encoder", {"text_config": 3}),
+                ("vae", {"temperal_downsample": 3}),
+                ("vae", {"base_dim": "wide"}),
+            )
+        ),
     ],
 )
 def test_a_spoilt_folder_is_refused(

@@ -1,5 +1,6 @@
 """Damage of every kind is recognised and named, and repair fetches that file alone."""
 
+import json
 import os
 import shutil
 import struct
@@ -170,6 +171,30 @@ def test_an_index_can_not_leave_its_folder(library: Library) -> None:
     record_path(library.folder(MODEL)).unlink()
     [fault] = library.verify(MODEL)
     assert "outside its folder" in fault.message
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("path", "../../mine.txt"),
+        ("path", "/mine.txt"),
+        ("path", "..\\..\\mine.txt"),
+        ("path", "C:mine.txt"),
+        ("sha256", "../../../mine.txt"),
+        ("git_sha1", "../../../mine.txt"),
+    ],
+)
+def test_a_record_can_not_leave_its_folder(library: Library, key: str, value: str) -> None:
+    """A folder with its record may come from somebody else."""
+    mine = library.models / "mine.txt"
+    mine.write_text("mine")
+    path = record_path(library.folder(MODEL))
+    record = json.loads(path.read_text())
+    record["files"].append(record["files"][0] | {"size": 9, key: value})
+    path.write_text(json.dumps(record))
+    with pytest.raises(ModelBroken, match="record"):
+        library.repair(MODEL)
+    assert mine.read_text() == "mine"
 
 
 def test_a_json_file_that_changed_is_found(library: Library) -> None:

@@ -4,6 +4,8 @@ A model is a folder in the diffusers layout: `model_index.json` and one sub-fold
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -182,8 +184,9 @@ def inspect(
         name: verify.read_json(folder / places[name] / "config.json")
         for name in ("transformer", "text_encoder", "vae")
     }
-    blocks = blocks_of(configs["transformer"], model.family)
-    text_layers = text_layers_of(configs["text_encoder"], model.family)
+    with _configured(folder):
+        blocks = blocks_of(configs["transformer"], model.family)
+        text_layers = text_layers_of(configs["text_encoder"], model.family)
     check_transformer(
         folder / places["transformer"],
         _tensors(headers["transformer"]),
@@ -276,7 +279,12 @@ def _local_model(folder: Path, catalog: Catalog) -> Model:
     index = verify.read_json(folder / "model_index.json")
     base = catalog.find(_local_row(index))
     vae = verify.read_json(folder / "vae" / "config.json")
-    levels = len(vae.get("temperal_downsample", (False, True, True)))
+    width, published = vae.get("base_dim", 96), 96
+    if base.family == "qwen-image-2.1":
+        width, published = vae.get("decoder_base_dim") or width, 144
+    with _configured(folder):
+        levels = len(vae.get("temperal_downsample", (False, True, True)))
+        decode_bytes = int(base.decode_bytes_per_pixel * width // published)
     transformer = verify.read_json(folder / "transformer" / "config.json")
     if transformer.get("zero_cond_t") or transformer.get("use_additional_t_cond"):
         raise ModelUnsupported(
@@ -285,18 +293,26 @@ def _local_model(folder: Path, catalog: Catalog) -> Model:
         )
     multiple = 2 ** (levels + 1)
     sizes = base.sizes.model_copy(update={"multiple": multiple})
-    width, published = vae.get("base_dim", 96), 96
-    if base.family == "qwen-image-2.1":
-        width, published = vae.get("decoder_base_dim") or width, 144
     return base.model_copy(
         update={
             "id": str(folder),
             "name": folder.name,
             "repo": "",
             "sizes": sizes,
-            "decode_bytes_per_pixel": base.decode_bytes_per_pixel * width // published,
+            "decode_bytes_per_pixel": decode_bytes,
         }
     )
+
+
+@contextmanager
+def _configured(folder: Path) -> Iterator[None]:
+    """Raises ModelBroken where a configuration has something else than a number in its place."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
+        raise ModelBroken(
+            "unreadable", f"A config.json in {folder} is not what it should be.", verify.AGAIN
+        ) from error
 
 
 def _local_row(index: dict[str, Any]) -> str:

@@ -203,7 +203,7 @@ class Hub:
                     raise DownloadFailed("server", f"The list of {repo} is too long.", LATER)
         try:
             found = json.loads(raw)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise Transient(
                 "web page", f"{self.endpoint} did not answer with a file list"
             ) from None
@@ -252,10 +252,26 @@ class Hub:
                     _check_status(response, repo, file, self.endpoint)
                     yield response
                     return
-                url = urljoin(url, response.headers["Location"])
+                url = self._next(url, response.headers["Location"])
             finally:
                 response.close()
         raise DownloadFailed("redirect", f"{self.endpoint} redirects in a circle.", LATER)
+
+    def _next(self, url: str, location: str) -> str:
+        """Where a redirect leads. Raises DownloadFailed where that is no address."""
+        import httpx2
+
+        try:
+            found = urljoin(url, location)
+            httpx2.URL(found).host.encode("idna")
+            _origin(found)
+        except (httpx2.InvalidURL, ValueError) as error:
+            raise DownloadFailed(
+                "redirect",
+                f"{self.endpoint} redirects to {location!r}, which is no address ({error}).",
+                NOT_SAFE,
+            ) from error
+        return found
 
     def _may_have_token(self, url: str) -> bool:
         if _origin(url) != _origin(self.endpoint):
@@ -394,9 +410,9 @@ def _start_of(response: "httpx2.Response", file: RemoteFile) -> int:
     unit, _, rest = response.headers.get("Content-Range", "").partition(" ")
     span, _, total = rest.partition("/")
     start = span.partition("-")[0]
-    if unit != "bytes" or not start.isdigit():
+    if unit != "bytes" or not start.isdecimal():
         raise Transient("server", f"the server sent the wrong part of {file.path}")
-    if total.isdigit() and int(total) != file.size:
+    if total.isdecimal() and int(total) != file.size:
         raise _moved(file)
     return int(start)
 
@@ -458,7 +474,7 @@ def _no_access(repo: str, endpoint: str) -> DownloadFailed:
 
 def _retry_after(response: "httpx2.Response") -> float:
     text = response.headers.get("Retry-After", "")
-    return min(float(text), MAX_RETRY_AFTER) if text.isdigit() else 0.0
+    return min(float(text), MAX_RETRY_AFTER) if text.isdecimal() else 0.0
 
 
 def _pieces(response: "httpx2.Response", stall_seconds: float) -> Iterator[memoryview]:

@@ -4,10 +4,10 @@ files. A file under its final name has been proven against it."""
 import hashlib
 import os
 from collections.abc import Callable
-from pathlib import Path
-from typing import Literal
+from pathlib import Path, PureWindowsPath
+from typing import Annotated, Literal
 
-from pydantic import ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from qwen_image_tool.errors import ModelBroken
 from qwen_image_tool.types import Value
@@ -17,23 +17,32 @@ OWN = "bf16"  # the transformer that a model is published with
 VARIANTS = "variants"  # the sub-folder with one folder a variant of the transformer
 IMPORTED = "imported-"  # how variants begin that another program's file was taken for
 BLOCK = 1 << 20  # bytes hashed at once
+HASH = r"^([0-9a-f]{40,64})?$"  # it names a file on disk
 _ZEROS = bytes(BLOCK)
 
 
 HubKind = Literal["huggingface", "modelscope"]
 
 
+def _inside(path: str) -> str:
+    """`path`, which stays in its folder on every system. Raises ValueError."""
+    found = PureWindowsPath(path)
+    if found.anchor or not found.parts or ".." in found.parts:
+        raise ValueError("it leads out of the model's folder")
+    return path
+
+
 class Kept(Value):
     """One file: `path` in the model's folder, `source` in `repo` at `revision` of a `hub`. One of
     another program has no `repo`, and in `source` its path."""
 
-    path: str
+    path: Annotated[str, AfterValidator(_inside)]
     repo: str
     revision: str
     source: str
     size: int
-    sha256: str = ""
-    git_sha1: str = ""
+    sha256: str = Field(default="", pattern=HASH)
+    git_sha1: str = Field(default="", pattern=HASH)
     hub: HubKind = "huggingface"
 
     @property
