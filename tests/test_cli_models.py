@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -315,6 +316,25 @@ def test_ctrl_c_pauses(hub: LocalHub, home: Path) -> None:
     assert "goes on from there" in err
     hub.bytes_per_second = 0
     assert run(["models", "download", "qwen-image"]) == 0
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub takes the connection and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("QIT_LOCAL_HUB", "1")
+        start = "from qwen_image_tool.cli import main; main()"
+        command = [sys.executable, "-c", start, "models", "download", "qwen-image"]
+        child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ.copy())
+        silent.settimeout(60)
+        connection, _ = silent.accept()
+        with connection:
+            child.send_signal(signal.SIGINT)
+            time.sleep(0.2)  # two signals at once are one
+            child.send_signal(signal.SIGINT)
+            _, err = child.communicate(timeout=15)
+    assert child.returncode == 130, err
+    assert "Stopped" in err
 
 
 BIG = Device(

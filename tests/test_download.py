@@ -37,6 +37,7 @@ from qwen_image_tool.store.headers import Header, read_header
 from qwen_image_tool.store.hub import Hub, connect, safe_name
 from qwen_image_tool.store.library import Library
 from qwen_image_tool.store.places import Elsewhere
+from qwen_image_tool.store.published import TRIES
 from qwen_image_tool.store.record import PRIVATE, Digest, Kept
 from qwen_image_tool.types import DownloadProgress, Event
 from test_formats import gguf
@@ -661,6 +662,36 @@ def test_again_starts_from_nothing(hub: LocalHub, library: Library) -> None:
     library.download(T2I, again=True)
     assert sum(hub.sent.values()) == 2 * first
     assert_whole(hub, library, T2I)
+
+
+def test_again_deletes_nothing_where_the_hub_gives_nothing(hub: LocalHub, library: Library) -> None:
+    library.download(T2I)
+    hub.faults = [Fault("403", 99, where="api")]
+    with pytest.raises(DownloadFailed):
+        library.download(T2I, again=True)
+    assert_whole(hub, library, T2I)
+
+
+def test_a_pause_ends_the_questions_too(hub: LocalHub, library: Library) -> None:
+    control = Control()
+    control.pause()
+    with pytest.raises(Paused):
+        library.download(T2I, control=control)
+    assert not hub.requests
+
+
+def test_a_pause_ends_the_tries_to_ask(hub: LocalHub, library: Library) -> None:
+    control = Control()
+    hub.faults = [Fault("500", 99, where="api")]
+    with pytest.raises(Paused), when(lambda: hub.requests, control.pause):
+        library.download(T2I, control=control)
+    assert len(hub.requests) < TRIES
+
+
+def test_a_list_that_is_nested_without_end(hub: LocalHub, library: Library) -> None:
+    hub.listing = b"[" * 300_000
+    with pytest.raises(DownloadFailed, match="did not answer with a file list"):
+        library.download(T2I)
 
 
 # -- kill -9 ---------------------------------------------------------------------------------

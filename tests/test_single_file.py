@@ -27,6 +27,7 @@ from qwen_image_tool.engine.engine import Engine
 from qwen_image_tool.engine.weights import Checkpoint, read
 from qwen_image_tool.errors import (
     BadRequest,
+    Cancelled,
     DownloadFailed,
     ModelBroken,
     ModelMissing,
@@ -283,6 +284,59 @@ def test_importing_again_replaces(hub: LocalHub, repos: Path, tmp_path: Path, mo
     second = library.import_file(write(tmp_path / "b.safetensors", plain(tensors)), model)
     assert not first.exists()
     assert [path.name for path in second.parent.iterdir()] == ["b.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["a.sft", "A.SAFETENSORS", "0123abcd"])
+def test_a_file_of_any_name_is_imported(
+    hub: LocalHub, repos: Path, tmp_path: Path, model: Model, name: str
+) -> None:
+    library = library_of(hub, tmp_path / "models")
+    kept = library.import_file(write(tmp_path / name, plain(published(repos, model))), model)
+    assert kept.name == f"{name}.safetensors"
+    library.download(model, accept_licence=True)
+    assert locate(model.id, CATALOG, library.models).variant == "imported-BF16"
+    kept.unlink()
+    assert [fault.kind for fault in library.verify(model)] == ["missing"]
+
+
+def test_importing_what_was_imported_keeps_it(
+    hub: LocalHub, repos: Path, tmp_path: Path, model: Model
+) -> None:
+    library = library_of(hub, tmp_path / "models")
+    path = write(tmp_path / "a.safetensors", plain(published(repos, model)))
+    kept = library.import_file(path, model)
+    data = path.read_bytes()
+    path.unlink()
+    assert library.import_file(kept, model) == kept
+    assert kept.read_bytes() == data
+
+
+def test_an_import_that_is_stopped_changes_nothing(
+    hub: LocalHub, repos: Path, tmp_path: Path, model: Model
+) -> None:
+    library = library_of(hub, tmp_path / "models")
+    hub.faults = [Fault("404", 99, where="cdn", match="transformer/diffusion_pytorch_model-00001")]
+    with pytest.raises(DownloadFailed):
+        library.download(model, accept_licence=True)
+    before = sorted(library.folder(model).glob("transformer/*"))
+    path = write(tmp_path / "a.safetensors", plain(published(repos, model)))
+    with pytest.raises(Cancelled, match="Nothing was changed"):
+        library.import_file(path, model, is_cancelled=lambda: True)
+    assert sorted(library.folder(model).glob("transformer/*")) == before
+    library.import_file(path, model)
+    assert not list(library.folder(model).glob("transformer/*"))
+
+
+def test_a_second_file_beside_an_import_is_not_read(
+    hub: LocalHub, repos: Path, tmp_path: Path, model: Model
+) -> None:
+    library = library_of(hub, tmp_path / "models")
+    path = write(tmp_path / "a.safetensors", plain(published(repos, model)))
+    kept = library.import_file(path, model)
+    library.download(model, accept_licence=True)
+    shutil.copy(path, kept.with_name("b.safetensors"))
+    with pytest.raises(ModelBroken, match="move it away"):
+        locate(model.id, CATALOG, library.models)
 
 
 def test_a_file_found_in_another_program_is_linked_and_runs(

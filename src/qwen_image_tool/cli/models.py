@@ -162,7 +162,9 @@ def _not_yet(model: Model, variant: str) -> str:
 def pause(model: Id) -> None:
     """Stop a download that another window runs; `download` goes on where it stopped."""
     app = App(load_settings())
-    app.library.pause(app.catalog.find(model))
+    entry = app.catalog.find(model)
+    app.library.pause(entry)
+    Screen().line(f"The download of {entry.name} stops; `qit models download {entry.id}` goes on.")
 
 
 @models.command()
@@ -312,9 +314,16 @@ def _done(screen: Screen, as_json: bool, text: str, **fields: object) -> None:
 
 @contextmanager
 def _pause_on_ctrl_c() -> Iterator[Control]:
-    """Ctrl-C stops in order: what came is kept, and the message says how to go on."""
+    """Ctrl-C stops in order: what came is kept, and the message says how to go on. That may
+    wait for a server's answer; a second Ctrl-C does not."""
     control = Control()
-    before = signal.signal(signal.SIGINT, lambda *_: control.pause())
+
+    def stop(*_: object) -> None:
+        if control.stopped.is_set():
+            raise KeyboardInterrupt
+        control.pause()
+
+    before = signal.signal(signal.SIGINT, stop)
     try:
         yield control
     finally:

@@ -143,7 +143,8 @@ class Checkpoint(Value):
         if self.unreadable:
             return f"It is in {self.unreadable}."
         if self.container == "gguf" or self.storage not in RUNNING:
-            return f"It is in {self.storage}, and this version runs bf16, fp16 and fp32 files."
+            kind = f"{self.storage} (GGUF)" if self.container == "gguf" else self.storage
+            return f"It is in {kind}, and this version runs bf16, fp16 and fp32 safetensors files."
         return ""
 
 

@@ -31,6 +31,7 @@ from qwen_image_tool.store.formats import (
     fits,
     recognise,
 )
+from qwen_image_tool.store.headers import SUFFIXES
 from qwen_image_tool.store.hub import Hub
 from qwen_image_tool.store.licences import Accepted, Licences
 from qwen_image_tool.store.links import content, delete, link, names
@@ -130,12 +131,12 @@ class Library:
         folder = self.folder(model)
         if again or update or not self._is_planned(_record_or_none(folder), model, name):
             self._check_licence(model, accept_licence)
-        with locked(folder):
-            if again:
+        with locked(folder), pausable(folder, control):
+            if again:  # without a hub that answers, all would be gone
+                list_files(self._connect(), model.repo, check=control.check)
                 self._forget_fetched(folder)
-            with pausable(folder, control):
-                record = self._plan(folder, model, name, update, emit)
-                self._finish(folder, record, model, emit, control)
+            record = self._plan(folder, model, name, update, emit, control)
+            self._finish(folder, record, model, emit, control)
         return folder
 
     def to_fetch(self, model: Model, variant: str = "") -> int:
@@ -182,7 +183,9 @@ class Library:
         others = [part for part in model.components if part != "transformer"]
         return all(any(file.repo for file in record.within(part)) for part in others)
 
-    def _plan(self, folder: Path, model: Model, name: str, update: bool, emit: Emit) -> Record:
+    def _plan(
+        self, folder: Path, model: Model, name: str, update: bool, emit: Emit, control: Control
+    ) -> Record:
         """The files to have with the variant `name`, pinned: an earlier record's stay as they are,
         unless `update`. Written to disk."""
         old = read_record(folder) or Record(model=model.id)
@@ -190,12 +193,12 @@ class Library:
             return old
         variants = tuple(dict.fromkeys((*old.variants, name)))
         wanted = variants if update else (name,)
-        files = {file.path: file for file in self._published(model, old, wanted, update)}
+        files = {file.path: file for file in self._published(model, old, wanted, update, control)}
         files |= {file.path: file for file in old.files if not update or not file.repo}
         if update:
             emit(Notice(text=_what_changes(model, old, files)))
             _retire(folder, files, old)
-        self._distrust_strangers(folder, files, old)
+        self._distrust_strangers(folder, files, old, control)
         record = Record(
             model=model.id,
             variants=variants,
@@ -206,15 +209,21 @@ class Library:
         return record
 
     def _published(
-        self, model: Model, old: Record, variants: Iterable[str], update: bool
+        self,
+        model: Model,
+        old: Record,
+        variants: Iterable[str],
+        update: bool,
+        control: Control,
     ) -> Iterator[Kept]:
         """The hub's files of these variants, but for what other programs' files stand for."""
         hub = self._connect()
-        listing = list_files(hub, model.repo, self._revision(hub, model, old, update))
+        revision = self._revision(hub, model, old, update)
+        listing = list_files(hub, model.repo, revision, control.check)
         for name in variants:
             yield from model_files(model, listing, name, old.parts)
             if name not in old.imported and (variant := model.variant(name)):
-                yield variant_file(variant, list_files(hub, variant.repo))
+                yield variant_file(variant, list_files(hub, variant.repo, check=control.check))
 
     @staticmethod
     def _revision(hub: Hub, model: Model, old: Record, update: bool) -> str:
@@ -226,18 +235,21 @@ class Library:
         return model.revision if hub.kind == "huggingface" else ""
 
     @staticmethod
-    def _distrust_strangers(folder: Path, files: dict[str, Kept], old: Record) -> None:
+    def _distrust_strangers(
+        folder: Path, files: dict[str, Kept], old: Record, control: Control
+    ) -> None:
         """Files that somebody put there are proven before they count; wrong ones make room."""
         known = {file.path for file in old.files}
         for file in files.values():
             path = folder / file.path
-            if file.path not in known and content(path).is_file() and not _is(path, file):
+            here = file.path not in known and content(path).is_file()
+            if here and not _is(path, file, control):
                 delete(path)
 
     def _finish(
         self, folder: Path, record: Record, model: Model, emit: Emit, control: Control
     ) -> None:
-        """Fetch what is missing, and look at the whole. Raises DownloadFailed, Paused, Cancelled."""
+        """Fetch what is missing, then look at it all. Raises DownloadFailed, Paused, Cancelled."""
         try:
             self._complete(folder, record, emit, control)
         except Cancelled:
@@ -291,7 +303,7 @@ class Library:
             candidates = [(path, True) for path in ours.get(file.identity, ())]
             candidates += [] if file.repo else [(Path(file.source), False)]
             candidates += [(path, False) for path in foreign.get(file.size, ())]
-            source = next(((p, own) for p, own in candidates if _is(p, file)), None)
+            source = next(((p, own) for p, own in candidates if _is(p, file, control)), None)
             if source is None or not link(*source, folder / file.path, partial, _by_note(file)):
                 yield file
                 continue
@@ -484,9 +496,10 @@ class Library:
         folder = self.folder(model)
         is_part = found.kind != "transformer"
         place = found.kind if is_part else transformer_folder(IMPORTED + found.storage)
-        target = folder / place / path.name
+        name = path.name if path.suffix in SUFFIXES else f"{path.name}.{found.container}"
+        target = folder / place / name
         with locked(folder):
-            old = read_record(folder) or Record(model=model.id)
+            before = old = read_record(folder) or Record(model=model.id)
             if not found.unsupported:
                 old = _make_way(folder, old, found.kind)
             if any(file.repo for file in old.weights(place)):
@@ -495,10 +508,11 @@ class Library:
                     "There is nothing to import.",
                 )
             file = self._hashed(path, target.relative_to(folder), model, emit, is_cancelled)
-            for earlier in old.weights(place):
-                delete(folder / earlier.path)
             link(path, False, target, partial_path(folder, file), by_note=True)
             files = tuple(f for f in old.files if f not in old.weights(place))
+            for earlier in before.files:
+                if earlier not in files and earlier.path != file.path:
+                    delete(folder / earlier.path)
             write_record(folder, old.model_copy(update={"files": (*files, file)}))
         return target
 
@@ -576,8 +590,6 @@ def _make_way(folder: Path, record: Record, part: str) -> Record:
     if all(_size(folder / file.path) == file.size for file in published):
         return record
     gone = [file for file in record.within(part) if file.repo]
-    for file in gone:
-        delete(folder / file.path)
     variants = [name for name in record.variants if transformer_folder(name) != part]
     files = [file for file in record.files if file not in gone]
     return Record(model=record.model, variants=tuple(variants), files=tuple(files))
@@ -624,13 +636,13 @@ def _size(path: Path) -> int:
         return -1
 
 
-def _is(path: Path, file: Kept) -> bool:
+def _is(path: Path, file: Kept, control: Control) -> bool:
     """Whether the content of `path` is proven to be that of `file`."""
     try:
         return (
             _size(path) == file.size
             and bool(file.identity)
-            and digest_file(content(path), file)[0].agrees
+            and digest_file(content(path), file, lambda _: control.check())[0].agrees
         )
     except OSError:
         return False

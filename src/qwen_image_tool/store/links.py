@@ -39,6 +39,8 @@ def link(source: Path, own: bool, target: Path, partial: Path, by_note: bool = F
     for folder in (target.parent, partial.parent):
         folder.mkdir(parents=True, exist_ok=True)
     source = source.resolve()
+    if target.exists() and target.samefile(source):
+        return True
     for make in (os.link,) if own else (os.link, os.symlink):
         partial.unlink(missing_ok=True)
         try:

@@ -15,8 +15,9 @@ TRIES = 5
 Answer = TypeVar("Answer")
 
 
-def _insist(ask: Callable[[], Answer], what: str) -> Answer:
-    """The answer to a short question, after a few tries. Raises DownloadFailed."""
+def _insist(ask: Callable[[], Answer], what: str, check: Callable[[], None]) -> Answer:
+    """The answer to a short question, after a few tries; before each one `check` is called.
+    Raises DownloadFailed, and what `check` does."""
     from tenacity import (
         Retrying,
         retry_if_exception_type,
@@ -30,8 +31,13 @@ def _insist(ask: Callable[[], Answer], what: str) -> Answer:
         wait=wait_random_exponential(0.2, 10),
         reraise=True,
     )
+
+    def once() -> Answer:
+        check()
+        return ask()
+
     try:
-        return tries(ask)
+        return tries(once)
     except Transient as error:
         raise DownloadFailed(
             error.kind,
@@ -41,9 +47,12 @@ def _insist(ask: Callable[[], Answer], what: str) -> Answer:
         ) from error
 
 
-def list_files(hub: Hub, repo: str, revision: str = "") -> Listing:
-    """The files of `repo` at `revision`, or at its current commit. Raises DownloadFailed."""
-    return _insist(lambda: hub.list(repo, revision), f"The list of files of {repo}")
+def list_files(
+    hub: Hub, repo: str, revision: str = "", check: Callable[[], None] = lambda: None
+) -> Listing:
+    """The files of `repo` at `revision`, or at its current commit. `check` may raise to end it.
+    Raises DownloadFailed."""
+    return _insist(lambda: hub.list(repo, revision), f"The list of files of {repo}", check)
 
 
 def licence_text(hub: Hub, listing: Listing) -> str:
@@ -65,7 +74,7 @@ def _small_text(hub: Hub, listing: Listing, file: RemoteFile) -> str:
             raise Transient("hash", f"{file.path} came with wrong bytes")
         return data.decode(errors="replace")
 
-    return _insist(read, file.path)
+    return _insist(read, file.path, lambda: None)
 
 
 def model_files(
