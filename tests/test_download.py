@@ -143,8 +143,12 @@ def test_no_token_goes_to_a_mirror(
     assert connect("modelscope").token is None
 
 
-def test_an_http_mirror_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", "http://mirror.example")
+@pytest.mark.parametrize(
+    "endpoint",
+    ["http://mirror.example", "https://[bad", "https://mirror.example:99999", "https://a..b", "m"],
+)
+def test_what_is_no_https_mirror_is_refused(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
     with pytest.raises(BadRequest, match="https"):
         connect()
 

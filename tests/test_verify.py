@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import tiny
-from hub import LocalHub, serve
+from hub import Fault, LocalHub, serve
 from qwen_image_tool.catalog import load_catalog
 from qwen_image_tool.errors import (
     BadRequest,
@@ -219,6 +219,15 @@ def test_a_broken_record_is_said_and_stops_nothing_else(hub: LocalHub, library: 
     assert library.verify(MODEL, full=True) == ()
     record_path(library.folder(MODEL)).write_text("{")
     assert library.remove(MODEL) > 0
+
+
+def test_what_was_never_begun_is_not_there(hub: LocalHub, library: Library) -> None:
+    hub.faults = [Fault("404", 1, where="api")]
+    with pytest.raises(DownloadFailed):
+        library.download(CATALOG.find("qwen-image"))
+    for look in (library.verify, library.repair):
+        with pytest.raises(ModelMissing, match="Qwen-Image is not in"):
+            look(CATALOG.find("qwen-image"))
 
 
 def test_what_is_not_there(library: Library) -> None:

@@ -259,19 +259,13 @@ class Hub:
 
     def _next(self, url: str, location: str) -> str:
         """Where a redirect leads. Raises DownloadFailed where that is no address."""
-        import httpx2
-
-        try:
+        with contextlib.suppress(ValueError):
             found = urljoin(url, location)
-            httpx2.URL(found).host.encode("idna")
-            _origin(found)
-        except (httpx2.InvalidURL, ValueError) as error:
-            raise DownloadFailed(
-                "redirect",
-                f"{self.endpoint} redirects to {location!r}, which is no address ({error}).",
-                NOT_SAFE,
-            ) from error
-        return found
+            if _is_address(found):
+                return found
+        raise DownloadFailed(
+            "redirect", f"{self.endpoint} redirects to {location!r}, which is no address.", NOT_SAFE
+        )
 
     def _may_have_token(self, url: str) -> bool:
         if _origin(url) != _origin(self.endpoint):
@@ -332,8 +326,10 @@ def connect(source: HubKind = "huggingface", local: bool = False) -> Hub:
     """
     own = os.environ.get("HF_ENDPOINT", "").rstrip("/") or HUGGING_FACE
     endpoint = own if source == "huggingface" else MODELSCOPE
-    if urlsplit(endpoint).scheme != "https" and not local:
-        raise BadRequest(f"HF_ENDPOINT is {endpoint!r}.", "It has to start with https://.")
+    if not _is_address(endpoint) or (urlsplit(endpoint).scheme != "https" and not local):
+        raise BadRequest(
+            f"HF_ENDPOINT is {endpoint!r}.", "It has to be an address that starts with https://."
+        )
     trusted = source == "huggingface" and (local or urlsplit(endpoint).hostname in TOKEN_HOSTS)
     return Hub(endpoint, _token() if trusted else None, source, local)
 
@@ -398,6 +394,17 @@ def _proxies() -> set[tuple[str, int]]:
 
 def _proxy_urls() -> list[str]:
     return [url for kind, url in urllib.request.getproxies().items() if kind != "no"]
+
+
+def _is_address(url: str) -> bool:
+    """Whether the client and the system's resolver can take it."""
+    import httpx2
+
+    try:
+        httpx2.URL(url).host.encode("idna")
+        return bool(_origin(url)[1])
+    except (httpx2.InvalidURL, ValueError):
+        return False
 
 
 def _origin(url: str) -> tuple[str, str | None, int | None]:

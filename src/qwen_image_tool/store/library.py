@@ -382,6 +382,8 @@ class Library:
         BadRequest for a full check of files whose hashes nobody recorded."""
         folder = self._existing(model)
         record = read_record(folder)
+        if record is None and not any(path.name != PRIVATE for path in folder.iterdir()):
+            raise self._missing(model)  # a download that ended before its first byte
         if not full:
             return verify.quick(folder, record, model.components)
         if record is None:
@@ -549,13 +551,16 @@ class Library:
         _check_published(model)
         folder = self.folder(model)
         if not folder.is_dir():
-            known = self._elsewhere.snapshots(model.repo)
-            cache = "takes over the one in the Hugging Face cache, by its hashes." if known else ""
-            raise ModelMissing(
-                f"{model.name} is not in {self.models}.",
-                f"`qit models download {model.id}` {cache or 'gets it.'}",
-            )
+            raise self._missing(model)
         return folder
+
+    def _missing(self, model: Model) -> ModelMissing:
+        known = self._elsewhere.snapshots(model.repo)
+        cache = "takes over the one in the Hugging Face cache, by its hashes." if known else ""
+        return ModelMissing(
+            f"{model.name} is not in {self.models}.",
+            f"`qit models download {model.id}` {cache or 'gets it.'}",
+        )
 
     def _forget_fetched(self, folder: Path) -> None:
         """Delete all but what was imported: nobody could bring that back."""
