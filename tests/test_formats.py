@@ -268,6 +268,15 @@ def test_a_quantised_text_encoder_is_not_taken(tmp_path: Path) -> None:
         check_taken(found)
 
 
+@pytest.mark.parametrize("shape", [(), (3,)])
+def test_a_second_embedding_of_any_shape_is_no_text_encoder(
+    tmp_path: Path, shape: tuple[int, ...]
+) -> None:
+    tensors = {"visual.embed_tokens.weight": (8, 3584), "model.embed_tokens.weight": shape}
+    with pytest.raises(ModelBroken, match="not a whole text encoder"):
+        check_whole(sparse(tmp_path / "any.safetensors", tensors))
+
+
 def test_a_transformer_of_fewer_blocks_than_published_is_not_whole(tmp_path: Path) -> None:
     path = sparse(
         tmp_path / "two.safetensors", {k: DIT20[k] for k in DIT20 if "_in." in k or "txt_n" in k}

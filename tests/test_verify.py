@@ -19,6 +19,7 @@ from qwen_image_tool.errors import (
     ModelBroken,
     ModelMissing,
 )
+from qwen_image_tool.store import locate
 from qwen_image_tool.store.download import Control, Effort
 from qwen_image_tool.store.hub import Hub
 from qwen_image_tool.store.library import Library
@@ -219,6 +220,17 @@ def test_a_broken_record_is_said_and_stops_nothing_else(hub: LocalHub, library: 
     assert library.verify(MODEL, full=True) == ()
     record_path(library.folder(MODEL)).write_text("{")
     assert library.remove(MODEL) > 0
+
+
+def test_a_folder_of_another_name_is_not_that_model(library: Library) -> None:
+    other = CATALOG.find("qwen-image-2.1-turbo")
+    shutil.copytree(library.folder(MODEL), library.folder(other))
+    with pytest.raises(ModelBroken, match=r"holds the files of qwen-image-2\.1\."):
+        library.verify(other, full=True)
+    with pytest.raises(ModelBroken, match=r"holds the files of qwen-image-2\.1\."):
+        locate(other.id, CATALOG, library.models)
+    assert library.remove(other) > 0
+    assert library.verify(MODEL, full=True) == ()
 
 
 def test_what_was_never_begun_is_not_there(hub: LocalHub, library: Library) -> None:

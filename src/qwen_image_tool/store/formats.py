@@ -241,7 +241,8 @@ def _text_lacking(header: Header, family: Family) -> list[str]:
     """Under the names that the engine reads."""
     names = header.tensors
     prefix = next((p for p in TEXT_PREFIXES if f"{p}embed_tokens.weight" in names), "")
-    width = names[f"{prefix}embed_tokens.weight"].shape[1] if prefix else 0
+    shape = names[f"{prefix}embed_tokens.weight"].shape if prefix else ()
+    width = shape[1] if len(shape) == 2 else 0
     count = TEXT_LAYERS.get(width) or _count(names, f"{prefix}layers.")
     wanted = [prefix + name for name in TEXT_OUTSIDE]
     layer = TEXT_PER_LAYER[family]

@@ -116,16 +116,24 @@ def partial_path(folder: Path, file: Kept) -> Path:
 
 
 def read_record(folder: Path) -> Record | None:
-    """None where the folder has none. Raises ModelBroken where it can't be read."""
+    """None where the folder has none. Raises ModelBroken where it can't be read, or is that of
+    another model: its folder was renamed or copied."""
     path = record_path(folder)
     try:
-        return Record.from_json(path.read_bytes())
+        record = Record.from_json(path.read_bytes())
     except FileNotFoundError:
         return None
     except (OSError, ValidationError) as error:
         raise ModelBroken(
             "unreadable", f"{path} can't be read.", "Delete that file and download again."
         ) from error
+    if record.model != folder.name:
+        raise ModelBroken(
+            "swapped",
+            f"{folder} holds the files of {record.model}.",
+            f"Rename it to {record.model}, or delete it with `qit models remove {folder.name}`.",
+        )
+    return record
 
 
 def write_record(folder: Path, record: Record) -> None:
