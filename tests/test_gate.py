@@ -233,6 +233,37 @@ def test_the_network_mode(tmp_path: Path) -> None:
             assert evil.status_code == 421
 
 
+def test_tokens_are_not_guessed_in_the_network(tmp_path: Path) -> None:
+    """Each wrong one counts once, so a program with an old token shuts nobody out; sessions go on
+    while tokens of their address are not looked at."""
+    Password(tmp_path / "data").set("correct horse")
+    with server(tmp_path, lan=True) as live:
+        base = f"http://127.0.0.1:{live.where.port}"
+        host = {"host": urlsplit(live.url).netloc}
+        with httpx2.Client(base_url=base, headers=host, timeout=60) as client:
+
+            def ask(token: str, **more: str) -> httpx2.Response:
+                headers = {"authorization": f"Bearer {token}", **more}
+                return client.get("/api/queue", headers=headers)
+
+            session = client.post("/login", data={"password": "correct horse"}).cookies
+            client.cookies.clear()
+            for _ in range(WRONG_TRIES + 1):
+                assert ask("of the last start").status_code == 401
+            assert ask(TOKEN).status_code == 200
+            for number in range(WRONG_TRIES - 1):
+                credentials = basic("x", f"guess {number}")
+                assert client.get("/", headers={"authorization": credentials}).status_code == 401
+            for refused in (ask(TOKEN), ask("another"), client.get("/", params={"__t": TOKEN})):
+                assert refused.status_code == 429
+                assert 0 < int(refused.headers["retry-after"]) <= 60
+                assert "Wait" in refused.json()["error"]["message"]
+            cookie = "; ".join(f"{name}={value}" for name, value in session.items())
+            assert client.get("/api/queue", headers={"cookie": cookie}).status_code == 200
+            again = client.post("/login", data={"password": "correct horse"})
+            assert again.status_code == 303
+
+
 def test_without_a_password_nobody_logs_in(live: Live, stranger: httpx2.Client) -> None:
     assert stranger.post("/login", data={"password": ""}).status_code == 401
 

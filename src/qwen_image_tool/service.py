@@ -58,11 +58,11 @@ class Service:
         trash: Callable[[Path], None] | None = None,
     ) -> None:
         self.app = app
-        self.data = app.settings.data.absolute()
+        self.data = app.settings.data
         self._lock = self._locked()
         self.feed = Feed()
         self.jobs = Jobs(self.data / "jobs.db")
-        self.index = Index(app.settings.output.absolute(), self.data / "pictures.db", trash)
+        self.index = Index(app.settings.output, self.data / "pictures.db", trash)
         self.transfers = Transfers(
             app.library, lambda t: self.feed.publish(TransferNews(transfer=t))
         )
