@@ -22,7 +22,6 @@ from qwen_image_tool.server.gate import (
     Access,
     Password,
     TooManyTries,
-    write_private,
 )
 from running import TOKEN, Live, server
 
@@ -302,11 +301,3 @@ def test_passwords_are_kept_as_a_hash_for_the_user_alone(tmp_path: Path) -> None
         assert stat.S_IMODE(kept.stat().st_mode) == 0o600
     kept.write_text("rubbish")
     assert not password.matches("correct horse")
-
-
-def test_private_files_are_replaced_whole(tmp_path: Path) -> None:
-    path = tmp_path / "a"
-    for text in ("one", "two"):
-        write_private(path, text)
-        assert path.read_text() == text
-    assert [p.name for p in tmp_path.iterdir() if p.name != "home"] == ["a"]

@@ -5,7 +5,9 @@ of what can go wrong under a job: the sentences for what has no message of its o
 died), and what was kept.
 """
 
+import errno
 import re
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 TroubleKind = Literal[
@@ -128,6 +130,7 @@ _SAID: tuple[tuple[str, TroubleKind], ...] = (
     (r"MemoryError|DefaultCPUAllocator|[Cc]annot allocate memory|std::bad_alloc", "memory"),
     (r"NVIDIA driver on your system is too old|driver version is insufficient", "old driver"),
     (r"Torch not compiled with CUDA enabled|no kernel image is available", "torch without GPU"),
+    (r"torch was built without support for", "torch without GPU"),
     (r"CUDA error|HIP error|CUBLAS_STATUS|CUDNN_STATUS|device-side assert", "GPU failed"),
     (r"No space left on device|WinError 112|Disk quota exceeded", "disk full"),
     (r"PermissionError|Read-only file system", "not writable"),
@@ -286,8 +289,24 @@ class Busy(BadRequest):
     """What was asked for has to wait: another one is under way."""
 
 
-class DiskFull(ToolError):
+class NotWritten(ToolError):
     """A file other than a picture could not be written."""
+
+    trouble: TroubleKind = "not writable"
+
+    @classmethod
+    def of(cls, path: Path, error: OSError) -> "NotWritten":
+        """With what the system says, and what to do about it."""
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return cls(
+            f"{path} can't be written: {error.strerror or error}.",
+            "Free some space on that disk." if full else "Allow writing to it.",
+            "disk full" if full else None,
+        )
+
+
+class DiskFull(NotWritten):
+    """A database can't be written for want of space."""
 
     trouble: TroubleKind = "disk full"
 

@@ -4,8 +4,6 @@ VAE decoded before. No weights are downloaded for it, and it costs one small mat
 import contextlib
 import hashlib
 import io
-import os
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+
+from qwen_image_tool.files import replace_file
 
 ENOUGH = 64  # pictures to learn from; more would change nothing that can be seen
 SIDE = 160  # pixels of a preview's longer side, at least; a viewer makes more of it for nothing
@@ -77,11 +77,10 @@ class Sketch:
         return None
 
     def _write(self, squares: Any, products: Any, pictures: int) -> None:
+        buffer = io.BytesIO()
+        np.savez(buffer, squares=squares, products=products, pictures=pictures)
         with contextlib.suppress(OSError):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self._path.parent, delete=False) as file:
-                np.savez(file, squares=squares, products=products, pictures=pictures)
-            os.replace(file.name, self._path)  # noqa: PTH105
+            replace_file(self._path, buffer.getvalue())
 
 
 def _solve(squares: Any, products: Any) -> torch.Tensor:

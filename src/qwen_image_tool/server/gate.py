@@ -21,7 +21,8 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 
-from qwen_image_tool.errors import BadRequest, ToolError
+from qwen_image_tool.errors import BadRequest, NotWritten, ToolError
+from qwen_image_tool.files import replace_file
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -69,14 +70,18 @@ class Password:
         return self._path.is_file()
 
     def set(self, password: str) -> None:
-        """Raises BadRequest where it is too short."""
+        """Raises BadRequest where it is too short, NotWritten where it can't be kept."""
         from argon2 import PasswordHasher
 
         if len(password) < MIN_PASSWORD:
             raise BadRequest(
                 "The password is too short.", f"Use {MIN_PASSWORD} characters or more."
             )
-        write_private(self._path, PasswordHasher().hash(password))
+        kept = PasswordHasher().hash(password).encode()
+        try:
+            replace_file(self._path, kept, private=True)
+        except OSError as error:
+            raise NotWritten.of(self._path, error) from error
 
     def matches(self, password: str) -> bool:
         from argon2 import PasswordHasher
@@ -291,18 +296,6 @@ class Gate:
             await _problem(413, "request_too_large", "The request is too large.")(
                 scope, receive, protected
             )
-
-
-def write_private(path: Path, text: str) -> None:
-    """Only the user can read it; it replaces what was there in one step."""
-    import os
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    handle = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-    new.replace(path)
 
 
 def _protected(send: "Send", path: str) -> "Send":

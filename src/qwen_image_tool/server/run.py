@@ -26,11 +26,12 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from qwen_image_tool import __version__
-from qwen_image_tool.errors import BadRequest, ToolError, Unknown
+from qwen_image_tool.errors import BadRequest, NotWritten, Unknown
+from qwen_image_tool.files import replace_file
 from qwen_image_tool.server.a1111 import a1111
 from qwen_image_tool.server.answers import explain_errors
 from qwen_image_tool.server.api import Here, api
-from qwen_image_tool.server.gate import TOKEN_BYTES, Access, Gate, Password, write_private
+from qwen_image_tool.server.gate import TOKEN_BYTES, Access, Gate, Password
 from qwen_image_tool.server.hub import Hub
 from qwen_image_tool.server.mcp import Mounted
 from qwen_image_tool.server.openai import openai
@@ -197,7 +198,8 @@ def bind(host: str, port: int | None, service: Service) -> socket.socket:
                 ) from error
         else:
             if port is None:
-                service.remember(port=bound.getsockname()[1])
+                with contextlib.suppress(NotWritten):
+                    service.remember(port=bound.getsockname()[1])
             return bound
     raise BadRequest("No port is free.", "Choose one with --port.")
 
@@ -308,9 +310,9 @@ def _end_with_stdin(stopper: Stopper) -> None:
 def _announced(service: Service, where: Running) -> Iterator[None]:
     path = service.data / "server.json"
     try:
-        write_private(path, where.to_json())
+        replace_file(path, where.to_json().encode(), private=True)
     except OSError as error:
-        raise ToolError(f"{path} can't be written: {error}.", "Allow writing to it.") from error
+        raise NotWritten.of(path, error) from error
     try:
         yield
     finally:
