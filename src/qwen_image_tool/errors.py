@@ -127,6 +127,7 @@ _SAID: tuple[tuple[str, TroubleKind], ...] = (
     (r"CUDA out of memory|HIP out of memory|torch\.OutOfMemoryError", "gpu memory"),
     (r"CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED", "gpu memory"),
     (r"cudaErrorMemoryAllocation|MPS backend out of memory", "gpu memory"),
+    (r"could not create a primitive$|can't start new thread", "memory"),  # oneDNN's; Python's
     (r"MemoryError|DefaultCPUAllocator|[Cc]annot allocate memory|std::bad_alloc", "memory"),
     (r"NVIDIA driver on your system is too old|driver version is insufficient", "old driver"),
     (r"Torch not compiled with CUDA enabled|no kernel image is available", "torch without GPU"),
@@ -139,7 +140,8 @@ _SAID: tuple[tuple[str, TroubleKind], ...] = (
 
 def trouble_in(output: str) -> TroubleKind | None:
     """What the last output of a process says went wrong; None where it says nothing known."""
-    return next((kind for pattern, kind in _SAID if re.search(pattern, output)), None)
+    found = (kind for pattern, kind in _SAID if re.search(pattern, output, re.MULTILINE))
+    return next(found, None)
 
 
 class ToolError(Exception):
@@ -191,6 +193,8 @@ class NotOurPicture(BadRequest):
 
 class CannotRun(BadRequest):
     """No plan fits this machine; the hint names the nearest request that can."""
+
+    trouble: TroubleKind = "memory"
 
 
 class OutOfMemory(ToolError):
