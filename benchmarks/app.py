@@ -418,8 +418,8 @@ def _kills_table(found: dict[str, Any]) -> str:
         (f"the {who}, {row['kills']} times", *(row.get(name, 0) for name in names))
         for who, row in found.items()
     ]
-    heads = ("SIGKILL at random moments", "jobs", "done", "failed with a sentence")
-    heads += ("without one", "lost", "done twice or in part", "half pictures")
+    first = ("SIGKILL at random moments", "jobs", "done", "failed with a sentence")
+    heads = (*first, "without one", "lost", "done twice or in part", "half pictures")
     return _table(heads, rows)
 
 
