@@ -174,13 +174,13 @@ def _without_memory(folder: Path, count: int, limiter: Limiter) -> Tally:
             given_back = number % 2 == 0
             job = live.submit("a red circle", size="512x512", steps=12, seed=number)
             _cut_in_a_run(live, job, limiter)
-            wait(partial(_tried, live, job))
+            wait(partial(_tried, live, job), 600)
             if given_back:
                 limiter.lift()
             else:
                 with contextlib.suppress(psutil.Error):  # it died before it drew
                     _cut_in_a_run(live, job, limiter)
-            view = live.wait(job, 120)["job"]
+            view = live.wait(job, 600)["job"]
             limiter.lift()
             live.http.post("/api/queue/resume")
             if given_back:
@@ -208,7 +208,7 @@ def _cut_in_a_run(live: Live, job: str, limiter: Limiter) -> None:
         progress = live.service.progress(job)
         return progress is not None and progress.step > 0
 
-    wait(draws, 120)
+    wait(draws, 600)
     if worker := live.service.supervisor.worker_pid:
         limiter.cut(worker)
 
@@ -350,7 +350,7 @@ def full_caches(folder: Path, count: int) -> Tally:
         for number in range(count):
             disk.fill()
             job = live.submit(f"a red circle {number}", size="64x64", steps=2 + number % 5)
-            live.wait(job, 120)
+            live.wait(job, 600)
             tally.check("done", done_once(live, job, [5]), live.service.jobs.get(job).failure)
             disk.free()
     return tally
