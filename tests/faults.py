@@ -557,7 +557,7 @@ def _deleted_before_the_second_start(tally: Tally, folder: Path) -> None:
         body = {"model": "practice", "prompt": "save 1 once hang", "size": SMALL, "seed": 5}
         body["images"] = 2
         job = running.http.post("/api/jobs", json=body).json()["job"]["id"]
-        wait(lambda: len(list((folder / "output").glob("*.png"))) == 1)
+        wait(lambda: len(list((folder / "output").glob("*.once"))) == 1)
         running.child.kill()
         running.child.wait()
     [path] = (folder / "output").glob("*.png")
