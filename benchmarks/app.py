@@ -205,14 +205,20 @@ def faults(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Every other fault: how often it was tried, and what went wrong."""
     rows: dict[str, Any] = {}
     for number, (name, rig) in enumerate(_rigs(options.faults, options.examples)):
-        print(f"  {name}", file=sys.stderr)
-        try:
-            tally = rig(folder / str(number))
-        except made.CannotTry as reason:
-            rows[name] = {"not_tried": str(reason)}
-        else:
-            rows[name] = {"tried": tally.tried, "right": tally.right, "wrong": tally.wrong[:5]}
+        rows[name] = _tried(rig, folder / str(number))
+        print(json.dumps({name: rows[name]}), file=sys.stderr, flush=True)
     return rows
+
+
+def _tried(rig: Rig, folder: Path) -> dict[str, Any]:
+    folder.mkdir()
+    try:
+        tally = rig(folder)
+    except made.CannotTry as reason:
+        return {"not_tried": str(reason)}
+    except AssertionError as error:  # what should have happened did not
+        return {"tried": 1, "right": 0, "wrong": [str(error)]}
+    return {"tried": tally.tried, "right": tally.right, "wrong": tally.wrong[:5]}
 
 
 def _rigs(count: int, examples: int) -> Iterator[tuple[str, Rig]]:
