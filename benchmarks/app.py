@@ -1,9 +1,11 @@
 """The server on this machine: how soon it is up, what it costs, what it outlasts, what it carries.
 
-    .venv/bin/python benchmarks/app.py [start overhead preview kills load gallery] [--kills N]
+    .venv/bin/python benchmarks/app.py [PART ...] [--write] [--kills N] [--faults N] [--examples N]
 
-Each part runs alone or with the others, and prints its figures as one line of JSON, in a temporary
-folder. `kills` uses the tests' worker without torch, everything else the practice model.
+Each part runs alone or with the others, prints its figures as one line of JSON, and with --write
+puts its table into docs/benchmarks.md. `kills` and most of `faults` use the tests' worker without
+torch, everything else the practice model. Small disks and memory cgroups need root on Linux; what
+can't be tried is said in the table.
 """
 
 import argparse
@@ -12,14 +14,16 @@ import functools
 import itertools
 import json
 import os
+import platform
 import random
 import signal
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +32,20 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import httpx2
 import psutil
 
+import faults as made
+import strangers
 from qwen_image_tool import gallery
 from qwen_image_tool.app import App
 from qwen_image_tool.device import cores, cpu_name
 from qwen_image_tool.errors import NotOurPicture
 from qwen_image_tool.gallery.index import Index, put
+from qwen_image_tool.messages import Happened, line
 from qwen_image_tool.settings import Settings
 from qwen_image_tool.supervisor import COMMAND
 from qwen_image_tool.types import Preview, Request, Stepped
-from running import BEARER, process, server, wait
+from running import BEARER, Live, process, server, wait
 
+PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 BODY = {"model": "practice", "prompt": "a red circle left of a blue square", "seed": 1}
 SMALL = {"size": "64x64", "steps": 2}
 
@@ -84,35 +92,46 @@ def overhead(_: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def preview(_: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """What a preview takes of a step, at the practice model's own size. The limit of 0.4 s between
-    previews is lifted: every step pays."""
+    """What a preview takes of a step, at the practice model's own size: drawn, written as JSON and
+    passed on. First of each single step, with the limit of 0.4 s between previews lifted; then of a
+    run of 200 steps as it is."""
     from qwen_image_tool.engine import engine
 
-    engine.PREVIEW_SECONDS = 0.0
     app = App(Settings(output=folder / "out", cache=folder / "cache"), previews=True)
-    request = Request.from_user(**BODY, steps=20)
-    app.generate(request, print_nothing)
-    marks: list[tuple[str, float]] = []
-    steps: list[float] = []
-
-    def emit(event: Any) -> None:
-        marks.append((event.kind, time.perf_counter()))
-        if isinstance(event, Stepped):
-            steps.append(event.seconds)
-
-    app.generate(request, emit)
-    drawn = [
-        after - before
-        for (kind, before), (following, after) in itertools.pairwise(marks)
-        if kind == "step" and following == Preview.model_fields["kind"].default
-    ]
+    app.generate(Request.from_user(**BODY, steps=20), print_nothing)
+    limit, engine.PREVIEW_SECONDS = engine.PREVIEW_SECONDS, 0.0
+    steps, drawn = _previews(app, Request.from_user(**BODY, steps=100))
+    engine.PREVIEW_SECONDS = limit
+    of_run, in_run = _previews(app, Request.from_user(**BODY, steps=200))
     step, each = statistics.median(steps), statistics.median(drawn)
     return {
         "step_ms": 1e3 * step,
         "preview_ms": 1e3 * each,
         "share_of_a_step": each / step,
-        "share_at_one_in_0.4_s": each / 0.4,
+        "previews_of_200_steps": len(in_run),
+        "share_of_a_run": sum(in_run) / (sum(of_run) + sum(in_run)),
     }
+
+
+def _previews(app: App, request: Request) -> tuple[list[float], list[float]]:
+    """Seconds of every step of a run, and of every preview."""
+    marks: list[tuple[str, float]] = []
+    steps: list[float] = []
+    with open(os.devnull, "wb", buffering=0) as pipe:  # noqa: PTH123
+
+        def emit(event: Any) -> None:
+            pipe.write(line(Happened(job="0123456789abcdef", event=event)))
+            marks.append((event.kind, time.perf_counter()))
+            if isinstance(event, Stepped):
+                steps.append(event.seconds)
+
+        app.generate(request, emit)
+    drawn = [
+        after - before
+        for (kind, before), (following, after) in itertools.pairwise(marks)
+        if kind == "step" and following == Preview.model_fields["kind"].default
+    ]
+    return steps, drawn
 
 
 def kills(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -177,6 +196,65 @@ def _judged(http: httpx2.Client, jobs: list[str], output: Path) -> dict[str, Any
         figures["wrong"] += found["state"] == "done" and sorted(seeds[job]) != [1, 2]
         figures["unexplained"] += found["state"] == "failed" and not found["failure"]["hint"]
     return dict(figures)
+
+
+Rig = Callable[[Path], made.Tally]
+
+
+def faults(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Every other fault: how often it was tried, and what went wrong."""
+    rows: dict[str, Any] = {}
+    for number, (name, rig) in enumerate(_rigs(options.faults, options.examples)):
+        rows[name] = _tried(rig, folder / str(number))
+        print(json.dumps({name: rows[name]}), file=sys.stderr, flush=True)
+    return rows
+
+
+def _tried(rig: Rig, folder: Path) -> dict[str, Any]:
+    folder.mkdir()
+    try:
+        tally = rig(folder)
+    except made.CannotTry as reason:
+        return {"not_tried": str(reason)}
+    except AssertionError as error:  # what should have happened did not
+        return {"tried": 1, "right": 0, "wrong": [str(error)]}
+    return {"tried": tally.tried, "right": tally.right, "wrong": tally.wrong[:5]}
+
+
+def _rigs(count: int, examples: int) -> Iterator[tuple[str, Rig]]:
+    def times(rig: Callable[[Path, int], made.Tally], number: int = count) -> Rig:
+        return lambda folder: rig(folder, number)
+
+    few = max(1, count // 4)  # each takes torch's start twice or more
+    yield "worker out of memory in a run, by a cgroup", times(made.memory_cgroup, few)
+    yield "worker out of memory in a run, by its limit", times(made.memory_limit, few)
+    for name, full in made.FULL_DISKS.items():
+        yield f"full disk: {name}", times(full)
+    for file, (name, damage) in itertools.product(("jobs.db", "pictures.db"), made.DAMAGES.items()):
+        broken = functools.partial(made.broken_database, damage=damage, name=file)
+        yield f"{file}: {name}", times(broken)
+    for file in ("jobs.db", "pictures.db"):
+        newer = functools.partial(made.newer_database, name=file)
+        yield f"{file}: of a newer version", times(newer)
+    yield "pictures deleted by hand", times(made.deleted_pictures)
+    yield "clock going backwards", times(made.clock_back)
+    for name, refused in strangers.REFUSED.items():
+        yield f"refused: {name}", functools.partial(_on_a_server, refused)
+    yield "Schemathesis: no 5xx", functools.partial(_on_a_server, lambda live: _odd(live, examples))
+
+
+def _on_a_server(ask: Callable[[Live], made.Tally], folder: Path) -> made.Tally:
+    with server(folder) as live:
+        return ask(live)
+
+
+def _odd(live: Live, examples: int) -> made.Tally:
+    whole = made.Tally()
+    for operation in strangers.operations():
+        tally = strangers.odd_requests(live, operation, examples)
+        whole.tried += tally.tried
+        whole.wrong += tally.wrong
+    return whole
 
 
 def load(_: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -296,20 +374,151 @@ PARTS: dict[str, Callable[[argparse.Namespace, Path], dict[str, Any]]] = {
     "overhead": overhead,
     "preview": preview,
     "kills": kills,
+    "faults": faults,
     "load": load,
     "gallery": gallery_of_100000,
 }
+
+
+# The tables
+
+
+def _start_table(found: dict[str, Any]) -> str:
+    return _facts(
+        ("process start to the ready line", f"{found['ready_seconds']:.1f} s", "2 s"),
+        ("CPU of it", f"{found['ready_cpu_seconds']:.2f} s", ""),
+        (
+            "process start to the first picture of the practice model, most of it importing torch",
+            f"{found['first_picture_seconds']:.1f} s",
+            "",
+        ),
+    )
+
+
+def _overhead_table(found: dict[str, Any]) -> str:
+    best, worst = found["overhead_ms_best_and_worst"]
+    each = f"{found['overhead_ms']:.0f} ms ({best:.0f} to {worst:.0f})"
+    return _facts(("API over the engine, a request of 64x64 in 2 steps", each, "30 ms"))
+
+
+def _preview_table(found: dict[str, Any]) -> str:
+    each = f"{found['preview_ms']:.2f} ms of {found['step_ms']:.1f} ms"
+    count = found["previews_of_200_steps"]
+    return _facts(
+        (
+            "a preview in a single step, practice model at 256x256",
+            f"{each}: {found['share_of_a_step']:.1%}",
+            "2 %",
+        ),
+        (
+            f"all previews of a run of 200 steps, {count} of them (at most one in 0.4 s)",
+            f"{found['share_of_a_run']:.2%} of its time",
+            "2 %",
+        ),
+    )
+
+
+def _kills_table(found: dict[str, Any]) -> str:
+    names = ("jobs", "done", "failed", "unexplained", "lost", "wrong", "half")
+    rows = [
+        (f"the {who}, {row['kills']} times", *(row.get(name, 0) for name in names))
+        for who, row in found.items()
+    ]
+    first = ("SIGKILL at random moments", "jobs", "done", "failed with a sentence")
+    heads = (*first, "without one", "lost", "done twice or in part", "half pictures")
+    return _table(heads, rows)
+
+
+def _faults_table(found: dict[str, Any]) -> str:
+    rows = [
+        (name, row.get("tried", "not tried: " + row.get("not_tried", "")), row.get("right", ""))
+        for name, row in found.items()
+    ]
+    return _table(("fault", "outcomes checked", "right"), rows)
+
+
+def _load_table(found: dict[str, Any]) -> str:
+    memory = ", ".join(map(str, found["server_mb_after_each_round"]))
+    answered = f"{found['requests'] - found['failures']} of {found['requests']}"
+    queue = [
+        f"{found[name]:.1f} ms" for name in ("submit_ms", "queue_of_5000_ms", "take_of_5000_ms")
+    ]
+    return _facts(
+        (
+            f"{found['clients']} clients at once, OpenAI API, 64x64 in 2 steps, four rounds",
+            f"{answered} answered, {found['pictures_per_second']:.0f} pictures a second",
+            "no failure",
+        ),
+        ("the server's memory after each round", f"{memory} MB", "flat"),
+        ("in a queue of 5,000: to submit, to ask, to take one", ", ".join(queue), ""),
+    )
+
+
+def _gallery_table(found: dict[str, Any]) -> str:
+    slowest = found["slowest_search_ms"]
+    name = max(slowest, key=lambda each: slowest[each])
+    return _facts(
+        (
+            "slowest search in 100,000 pictures (rows of the index, without files)",
+            f"{slowest[name]:.1f} ms ({name})",
+            "100 ms",
+        ),
+        ("index of 100,000 pictures, opened", f"{found['opened_seconds']:.2f} s", ""),
+    )
+
+
+def _facts(*rows: tuple[str, str, str]) -> str:
+    return _table(("", "measured", "wanted"), rows)
+
+
+def _table(heads: tuple[str, ...], rows: Any) -> str:
+    lines = [heads, ("---",) * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "start": _start_table,
+    "overhead": _overhead_table,
+    "preview": _preview_table,
+    "kills": _kills_table,
+    "faults": _faults_table,
+    "load": _load_table,
+    "gallery": _gallery_table,
+}
+
+
+def write_section(name: str, text: str) -> None:
+    begin, end = f"<!-- server {name} -->", f"<!-- end of server {name} -->"
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(begin)
+    _, mark, after = rest.partition(end)
+    if not mark:
+        raise SystemExit(f"{PAGE} has no lines {begin} and {end}")
+    PAGE.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+
+
+def _origin(name: str, options: argparse.Namespace, busy: float) -> str:
+    more = f" --faults {options.faults} --examples {options.examples}" if name == "faults" else ""
+    where = f"{cpu_name()}, {cores()} cores, {platform.system()}, load {busy:.0f} before"
+    command = f"`.venv/bin/python benchmarks/app.py {name}{more} --write`"
+    return f"{command}, {datetime.now(UTC):%Y-%m-%d}: {where}."
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=list(PARTS))
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--faults", type=int, default=20, help="of each kind")
+    parser.add_argument("--examples", type=int, default=50, help="of Schemathesis, a route")
+    parser.add_argument("--write", action="store_true", help="the tables into docs/benchmarks.md")
     options = parser.parse_args()
     print(json.dumps({"machine": f"{cpu_name()}, {cores()} cores, {sys.platform}"}))
     for name in options.parts:
+        busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
         with tempfile.TemporaryDirectory() as folder:
-            print(json.dumps({name: PARTS[name](options, Path(folder))}), flush=True)
+            found = PARTS[name](options, Path(folder))
+        print(json.dumps({name: found}), flush=True)
+        if options.write:
+            write_section(name, f"{_origin(name, options, busy)}\n\n{TABLES[name](found)}")
 
 
 if __name__ == "__main__":

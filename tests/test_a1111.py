@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import httpx2
 import pytest
 from PIL import Image
 
@@ -79,17 +80,22 @@ def test_open_webui(live: Live) -> None:
 
 
 def test_libre_chat(live: Live) -> None:
-    """StableDiffusion.js: a fixed preset, and it reads info.infotexts[0]."""
-    body = FIXED | {
-        "negative_prompt": "words",
-        "cfg_scale": 4.5,
-        "steps": 22,
-        "sampler_index": "Euler",
-    }
-    answer = live.http.post("/sdapi/v1/txt2img", json=body).json()
-    text = json.loads(answer["info"])["infotexts"][0]
+    """StableDiffusion.js: a fixed preset to SD_WEBUI_URL and no way to give a token but in that
+    address, which axios, as the client here, sends as Basic; it reads info.infotexts[0]."""
+    body = {"prompt": "a fox", "negative_prompt": "words", "cfg_scale": 4.5, "steps": 22}
+    too_large = body | {"width": 1024, "height": 1024}  # for the practice model
+    body |= FIXED
+    answer = httpx2.post(f"{live.where.address}/sdapi/v1/txt2img", json=body, timeout=60)
+    assert answer.status_code == 200, answer.text
+    assert opened(answer.json()["images"][0]).format == "PNG"
+    info = json.loads(answer.json()["info"])
+    text = info["infotexts"][0]
     assert text.startswith("a fox\nNegative prompt: words\nSteps: 22, ")
     assert "CFG scale: 4.5" in text
+    refused = httpx2.post(f"{live.where.address}/sdapi/v1/txt2img", json=too_large)
+    assert (refused.status_code, refused.json()["error"]) == (400, "UnsupportedSize")
+    for wrong in (live.url, live.where.address.replace(TOKEN, "wrong")):
+        assert httpx2.post(f"{wrong}/sdapi/v1/txt2img", json=body).status_code == 401
 
 
 @pytest.mark.parametrize(

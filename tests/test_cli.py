@@ -67,7 +67,7 @@ def test_a_picture_from_a_sentence(qit: Any, model: str) -> None:
     said = qit("generate", "a cat, 猫", "--model", model, *QUICK, "--seed", "7")
     assert said.code == 0
     [path] = pictures()
-    assert said.out == f"{path}\n"
+    assert said.out == f"{path.absolute()}\n"
     assert re.fullmatch(r"\d{8}-\d{6}-seed7\.png", path.name)
     assert pixels(path).shape == (64, 64, 3)
     for line in ("Loading the model", "Drawing", "step 2/2", "Saving"):
@@ -76,7 +76,7 @@ def test_a_picture_from_a_sentence(qit: Any, model: str) -> None:
 
 def test_json_is_one_object(qit: Any, model: str) -> None:
     result = qit("generate", "a cat", "-m", model, *QUICK, "--n", "2", "--json").json
-    assert [image["path"] for image in result["images"]] == [str(p) for p in pictures()]
+    assert [image["path"] for image in result["images"]] == [str(p.absolute()) for p in pictures()]
     assert result["request"]["steps"] == 2
     assert result["request"]["negative_prompt"] == " "
     assert set(result["seconds"]) == {"load", "encode", "denoise", "decode", "save"}

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import socket
 import sys
 import threading
@@ -30,6 +31,7 @@ def test_the_ready_line_and_the_token(
         found = json.loads(capfd.readouterr().out)
         assert found["token"] == TOKEN
         assert found["url"] == running.url
+        assert found["address"] == running.url.replace("://", f"://qit:{TOKEN}@")
         assert run(["token"]) == 0
         assert f"{running.url}/?__t={TOKEN}" in capfd.readouterr().out
         assert run(["serve"]) == 2
@@ -48,6 +50,32 @@ def test_a_file_that_a_killed_service_left_is_not_believed(home: Path) -> None:
     (data / "server.json").write_text(left.to_json())
     with pytest.raises(BadRequest, match="not running"):
         serving.running(data)
+
+
+def test_a_number_or_a_port_that_another_program_has_by_now_is_not_believed(
+    tmp_path: Path, home: Path
+) -> None:
+    data = load_settings().data
+    data.mkdir(parents=True)
+
+    def noted(where: serving.Running) -> serving.Running:
+        (data / "server.json").write_text(where.to_json())
+        return serving.running(data)
+
+    with server(tmp_path) as live, socket.create_server(("127.0.0.1", 0)) as other:
+        threading.Thread(target=_say, args=(other, b"SSH-2.0-hello\r\n"), daemon=True).start()
+        elsewhere = {"url": f"http://127.0.0.1:{other.getsockname()[1]}"}
+        for change in (elsewhere, {"pid": os.getppid()}):
+            with pytest.raises(BadRequest, match="not running"):
+                noted(live.where.model_copy(update=change))
+        assert noted(live.where) == live.where
+
+
+def _say(listening: socket.socket, words: bytes) -> None:
+    connection, _ = listening.accept()
+    with connection:
+        connection.recv(1000)
+        connection.sendall(words)
 
 
 def test_the_password_is_read_from_stdin(

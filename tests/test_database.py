@@ -124,6 +124,28 @@ def test_what_can_be_read_of_a_damaged_file_is_kept(tmp_path: Path) -> None:
     again.close()
 
 
+def test_a_file_that_was_cut_short_keeps_what_is_there(tmp_path: Path) -> None:
+    path = tmp_path / "a.db"
+    filled(path)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    data = Database(path, SCRIPTS)
+    assert 900 < len(data.read("SELECT * FROM things")) < 1100
+    data.close()
+
+
+def test_rows_that_cannot_be_used_are_left_behind(tmp_path: Path) -> None:
+    path = tmp_path / "a.db"
+    filled(path)
+    overwrite(path, 0.9, 0.95)
+    data = Database(path, SCRIPTS, sound=lambda row: not row["name"].startswith("7 "))
+    assert [row["id"] for row in data.read("SELECT id FROM things WHERE id < 10")] == [
+        *range(1, 8),
+        9,
+    ]
+    data.close()
+
+
 def test_damage_while_it_runs_is_said_and_repaired_at_the_next_start(tmp_path: Path) -> None:
     path = tmp_path / "a.db"
     filled(path, 40_000)  # more than SQLite keeps in memory

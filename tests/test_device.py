@@ -350,9 +350,15 @@ def test_an_apple_chip(pretend: Callable[..., TorchFacts]) -> None:
     assert probe(facts).shared_memory
 
 
-def test_a_build_for_the_cpu_alone(pretend: Callable[..., TorchFacts]) -> None:
-    facts = pretend(version__cuda=None, cpu__get_capabilities=lambda: {"avx2": True})
-    assert facts == TorchFacts(version="2.13.0+cu130", bf16=False)
+def test_a_build_for_the_cpu_alone(
+    pretend: Callable[..., TorchFacts], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is a card, it is said why that is not used."""
+    build = {"version__cuda": None, "cpu__get_capabilities": lambda: {"avx2": True}}
+    said = "this torch was built without support for the x."
+    assert pretend(**build) == TorchFacts(version="2.13.0+cu130", bf16=False, gpu_error=said)
+    monkeypatch.setattr("qwen_image_tool.engine.probe.nvidia_card", lambda: None)
+    assert pretend(**build) == TorchFacts(version="2.13.0+cu130", bf16=False)
 
 
 def test_what_was_seen_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,6 +117,29 @@ def test_streaming_several(client: openai.OpenAI) -> None:
     assert [event.type for event in stream] == ["image_generation.completed"] * 2
 
 
+def test_a_quiet_stream_says_that_it_lives(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Comments of server-sent events, which every client passes over: ours, and FastAPI's where the
+    stream is one of our own API."""
+    monkeypatch.setattr("qwen_image_tool.server.openai.KEEP_ALIVE_SECONDS", 0.1)
+    body = {"prompt": "slow", "steps": 20, "stream": True}
+    with live.http.stream("POST", "/v1/images/generations", json=body) as answer:
+        lines = [text for text in answer.iter_lines() if text]
+    assert lines.count(": ping") >= 3
+    assert [text for text in lines if text.startswith("event: ")] == [
+        "event: image_generation.completed"
+    ]
+    monkeypatch.setattr("fastapi.routing._PING_INTERVAL", 0.1)
+    with live.http.stream("GET", "/api/events") as answer:
+        assert next(answer.iter_lines()) == ": ping"
+
+
+def test_a_long_job_is_answered(live: Live) -> None:
+    """Longer than the server keeps an idle connection open (5 s)."""
+    answer = live.http.post("/v1/images/generations", json={"prompt": "slow", "steps": 120})
+    assert answer.status_code == 200
+    assert answer.elapsed.total_seconds() > 5
+
+
 def test_a_failure_in_a_stream_is_its_last_event(live: Live) -> None:
     body = {"prompt": "fail broken picture", "stream": True}
     with live.http.stream("POST", "/v1/images/generations", json=body) as answer:
@@ -268,4 +291,5 @@ def test_libre_chat(live: Live) -> None:
     answer = live.http.post("/v1/images/generations", json=body)
     assert answer.status_code == 200, answer.text
     assert answer.json()["data"][0]["b64_json"]
-    assert live.http.post("/v1/images/generations", json=body | {"output_compression": 100})
+    body |= {"output_format": "webp", "output_compression": 100}
+    assert live.http.post("/v1/images/generations", json=body).status_code == 200

@@ -12,7 +12,7 @@ from qwen_image_tool.settings import Settings, config_path, load_settings
 
 def test_defaults_lie_under_the_home_folder(home: Path) -> None:
     found = load_settings()
-    assert found.output == Path("output")
+    assert found.output == Path.cwd() / "output"
     assert (found.models, found.cache, found.logs) == (
         home / "models",
         home / "cache",
@@ -33,17 +33,17 @@ def test_without_home_the_platform_decides(monkeypatch: pytest.MonkeyPatch, home
 
 def test_environment_beats_file_beats_default(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config_path().write_text("output = 'from file'\nmodels = '/srv/models'\n")
-    assert load_settings().output == Path("from file")
+    assert load_settings().output == Path.cwd() / "from file"
     monkeypatch.setenv("QIT_OUTPUT", "from environment")
     found = load_settings()
-    assert found.output == Path("from environment")
+    assert found.output == Path.cwd() / "from environment"
     assert found.models == Path("/srv/models")
     assert Settings(output=Path("from code")).output == Path("from code")
 
 
 def test_an_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QIT_OUTPUT", "")
-    assert load_settings().output == Path("output")
+    assert load_settings().output == Path.cwd() / "output"
 
 
 def test_other_variables_of_ours_are_not_settings(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +63,7 @@ def test_tilde_and_a_relative_home(monkeypatch: pytest.MonkeyPatch, home: Path) 
 
 def test_a_byte_order_mark_and_chinese_are_read(home: Path) -> None:
     config_path().write_text("output = '图片'\n", encoding="utf-8-sig")
-    assert load_settings().output == Path("图片")
+    assert load_settings().output == Path.cwd() / "图片"
 
 
 @pytest.mark.parametrize(

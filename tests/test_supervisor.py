@@ -323,6 +323,22 @@ def test_a_worker_that_cannot_be_started(bench: Bench) -> None:
     assert bench.ended(bench.submit("two")).state == "done"
 
 
+def test_a_fault_of_ours_stops_the_queue_with_a_sentence(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> Job:
+        raise ValueError("not a job")
+
+    monkeypatch.setattr(bench.jobs, "take", broken)
+    job = bench.submit("one")
+    wait(lambda: bench.supervisor.halted is not None)
+    assert bench.supervisor.halted
+    assert "not a job" in bench.supervisor.halted.message
+    monkeypatch.undo()
+    bench.supervisor.resume()
+    assert bench.ended(job).state == "done"
+
+
 def test_nonsense_on_the_pipe_is_passed_over(bench: Bench, tmp_path: Path) -> None:
     noisy = tmp_path / "noisy.py"
     noisy.write_text(

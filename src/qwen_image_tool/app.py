@@ -234,8 +234,13 @@ class App:
         if created:
             emit(Notice(text=created))
 
-        here = self._device_for(installed, emit).within(ram_bytes, vram_bytes)
-        plans = planner.plans(resolved, installed, here, anyway)
+        try:
+            here = self._device_for(installed, emit).within(ram_bytes, vram_bytes)
+            plans = planner.plans(resolved, installed, here, anyway)
+        except CannotRun:  # as the memory was when the engine was made; it may be free by now
+            self._forget_engine()
+            here = self._device_for(installed, emit).within(ram_bytes, vram_bytes)
+            plans = planner.plans(resolved, installed, here, anyway)
         plans = plans[min(skip, len(plans) - 1) :]
         for reason in plans[0].reasons:
             emit(Notice(text=reason))
@@ -270,11 +275,15 @@ class App:
         from qwen_image_tool.engine.probe import torch_facts
 
         if self._engine is None or self._device is None or self._engine.installed != installed:
-            if self._engine:
-                self._engine.release()
+            self._forget_engine()
             self._engine = Engine(installed, self.settings.cache, self._previews)
             self._device = self._measured(device.probe(torch_facts()), emit)
         return self._device
+
+    def _forget_engine(self) -> None:
+        if self._engine:
+            self._engine.release()
+        self._engine = None
 
     def here(self) -> Device:
         """This machine, read in a child process, with what it was measured to do before. Raises

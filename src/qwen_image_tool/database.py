@@ -9,7 +9,7 @@ import itertools
 import logging
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 from qwen_image_tool.errors import DatabaseBroken, DiskFull, ToolError
 
 BUSY_SECONDS = 10
+Sound = Callable[[sqlite3.Row], bool]
 _log = logging.getLogger(__name__)
 
 
@@ -27,18 +28,25 @@ def migrations(name: str) -> tuple[str, ...]:
     return tuple(item.read_text(encoding="utf-8") for item in scripts)
 
 
+def _any(_: sqlite3.Row) -> bool:
+    return True
+
+
 class Database:
     """One SQLite file, for several threads.
 
     `durable`: a commit is on the disk when it returns, at the price of a sync. `rescued` is a
-    sentence for the user where the file was broken and its readable rows were moved to a new one.
+    sentence for the user where the file was broken and its readable rows were moved to a new one;
+    `sound` says which of them can be used: a row may come back with a part of another's content.
     Raises ToolError where the file can't be opened or a newer version wrote it.
     """
 
-    def __init__(self, path: Path, scripts: Sequence[str], durable: bool = True) -> None:
+    def __init__(
+        self, path: Path, scripts: Sequence[str], durable: bool = True, sound: Sound = _any
+    ) -> None:
         self.path = path
         self.rescued = ""
-        self._durable = durable
+        self._durable, self._sound = durable, sound
         self._lock = threading.RLock()
         with _plain_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,7 +128,7 @@ class Database:
         self.path.replace(broken)
         connection = self._open(scripts)
         connection.execute("BEGIN")
-        rows = _copy_rows(broken, connection)
+        rows = _copy_rows(broken, connection, self._sound)
         connection.execute("COMMIT")
         self.rescued = (
             f"{self.path.name} was damaged: {rows} entries of it could be read and were kept."
@@ -130,13 +138,17 @@ class Database:
         return connection
 
 
-def _copy_rows(broken: Path, target: sqlite3.Connection) -> int:
+def _copy_rows(broken: Path, target: sqlite3.Connection, sound: Sound) -> int:
     """Rows of the tables that both have, read from either end up to the damage."""
     copied = 0
     with contextlib.closing(sqlite3.connect(broken)) as source:
+        source.execute(
+            "PRAGMA writable_schema = ON"
+        )  # else a file that was cut short can't be read
+        source.row_factory = sqlite3.Row
         for table, columns in _tables(target):
             for order in ("ASC", "DESC"):
-                copied += _copy_table(source, target, table, columns, order)
+                copied += _copy_table(source, target, table, columns, order, sound)
     return copied
 
 
@@ -157,13 +169,16 @@ def _copy_table(
     table: str,
     columns: list[str],
     order: str,
+    sound: Sound,
 ) -> int:
     names, marks = ", ".join(columns), ", ".join("?" * len(columns))
     copied = 0
     with contextlib.suppress(sqlite3.Error):
         for row in source.execute(f"SELECT {names} FROM {table} ORDER BY rowid {order}"):  # noqa: S608
+            if not sound(row):
+                continue
             with contextlib.suppress(sqlite3.IntegrityError):  # it was copied from the other end
-                target.execute(f"INSERT INTO {table} ({names}) VALUES ({marks})", row)  # noqa: S608
+                target.execute(f"INSERT INTO {table} ({names}) VALUES ({marks})", tuple(row))  # noqa: S608
                 copied += 1
     return copied
 

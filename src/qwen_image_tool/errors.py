@@ -5,7 +5,9 @@ of what can go wrong under a job: the sentences for what has no message of its o
 died), and what was kept.
 """
 
+import errno
 import re
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 TroubleKind = Literal[
@@ -125,9 +127,11 @@ _SAID: tuple[tuple[str, TroubleKind], ...] = (
     (r"CUDA out of memory|HIP out of memory|torch\.OutOfMemoryError", "gpu memory"),
     (r"CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED", "gpu memory"),
     (r"cudaErrorMemoryAllocation|MPS backend out of memory", "gpu memory"),
+    (r"could not create a primitive$|can't start new thread", "memory"),  # oneDNN's; Python's
     (r"MemoryError|DefaultCPUAllocator|[Cc]annot allocate memory|std::bad_alloc", "memory"),
     (r"NVIDIA driver on your system is too old|driver version is insufficient", "old driver"),
     (r"Torch not compiled with CUDA enabled|no kernel image is available", "torch without GPU"),
+    (r"torch was built without support for", "torch without GPU"),
     (r"CUDA error|HIP error|CUBLAS_STATUS|CUDNN_STATUS|device-side assert", "GPU failed"),
     (r"No space left on device|WinError 112|Disk quota exceeded", "disk full"),
     (r"PermissionError|Read-only file system", "not writable"),
@@ -136,7 +140,8 @@ _SAID: tuple[tuple[str, TroubleKind], ...] = (
 
 def trouble_in(output: str) -> TroubleKind | None:
     """What the last output of a process says went wrong; None where it says nothing known."""
-    return next((kind for pattern, kind in _SAID if re.search(pattern, output)), None)
+    found = (kind for pattern, kind in _SAID if re.search(pattern, output, re.MULTILINE))
+    return next(found, None)
 
 
 class ToolError(Exception):
@@ -188,6 +193,8 @@ class NotOurPicture(BadRequest):
 
 class CannotRun(BadRequest):
     """No plan fits this machine; the hint names the nearest request that can."""
+
+    trouble: TroubleKind = "memory"
 
 
 class OutOfMemory(ToolError):
@@ -286,8 +293,24 @@ class Busy(BadRequest):
     """What was asked for has to wait: another one is under way."""
 
 
-class DiskFull(ToolError):
+class NotWritten(ToolError):
     """A file other than a picture could not be written."""
+
+    trouble: TroubleKind = "not writable"
+
+    @classmethod
+    def of(cls, path: Path, error: OSError) -> "NotWritten":
+        """With what the system says, and what to do about it."""
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return cls(
+            f"{path} can't be written: {error.strerror or error}.",
+            "Free some space on that disk." if full else "Allow writing to it.",
+            "disk full" if full else None,
+        )
+
+
+class DiskFull(NotWritten):
+    """A database can't be written for want of space."""
 
     trouble: TroubleKind = "disk full"
 

@@ -54,7 +54,7 @@ class Jobs:
     its state forbids it. `clock` gives seconds since 1970; nothing but the record depends on it."""
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
-        self.database = Database(path, migrations("jobs"))
+        self.database = Database(path, migrations("jobs"), sound=_is_sound)
         self._clock = clock
 
     def submit(self, request: Request, origin: str = "", anyway: bool = False) -> Job:
@@ -215,6 +215,14 @@ class Jobs:
         if not changed:
             found = self.get(job)
             raise BadRequest(f"The job is {found.state}.", "Look at the queue again.")
+
+
+def _is_sound(row: sqlite3.Row) -> bool:
+    try:
+        _job(row)
+    except ValueError:
+        return False
+    return True
 
 
 def _job(row: sqlite3.Row) -> Job:

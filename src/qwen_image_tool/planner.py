@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from qwen_image_tool.catalog import DEFAULT_MODEL
-from qwen_image_tool.errors import BadRequest, CannotRun
+from qwen_image_tool.errors import TROUBLES, BadRequest, CannotRun, trouble_in
 from qwen_image_tool.needs import Needs, Way
 from qwen_image_tool.store import Blocks, Installed
 from qwen_image_tool.types import Device, Placement, Plan, Request, Size
@@ -324,6 +324,7 @@ def _reasons(needs: Needs, way: Way) -> Iterator[str]:
         )
     if _limit(needs, way):
         yield f"torch may take {_gib(_limit(needs, way))}: it fails there instead of spilling over."
+    yield from needs.device.notes
     request, model = needs.request, needs.installed.model
     if needs.working != request.size:
         yield (
@@ -435,11 +436,16 @@ def _cannot(needs: Needs) -> CannotRun:
     nearest = _nearest(needs)
     hints = [f"choose --size {nearest}" if nearest else ""]
     hints += [f"use --model {DEFAULT_MODEL}" if model.id != DEFAULT_MODEL else ""]
-    return CannotRun(
+    lacks = (
         f"{model.name} at {needs.working} needs {_gib(int(ram))} of free RAM, and this computer has"
-        f" {_gib(device.ram_free_bytes)}{gpu} free.",
-        f"{', '.join(['Close other programs', *filter(None, hints)])}, or try it with --anyway.",
+        f" {_gib(device.ram_free_bytes)}{gpu} free."
     )
+    hint = f"{', '.join(['Close other programs', *filter(None, hints)])}, or try it with --anyway."
+    trouble = trouble_in(
+        " ".join(device.notes)
+    )  # a GPU that can't be used is what there is to mend
+    hint = TROUBLES[trouble].press if trouble else hint
+    return CannotRun(" ".join((lacks, *device.notes)), hint, trouble)
 
 
 def _nearest(needs: Needs) -> Size | None:

@@ -3,12 +3,12 @@
 import contextlib
 import hashlib
 import importlib.metadata
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from qwen_image_tool.files import replace_file
 from qwen_image_tool.types import Device, Rates, Value
 
 
@@ -42,11 +42,7 @@ class RateBook:
         row = _row(device)
         text = row.model_copy(update={"rates": rates}).to_json()
         with contextlib.suppress(OSError):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=self._folder) as made:
-                file = Path(made) / "rates"
-                file.write_text(text, encoding="utf-8")
-                file.replace(self._path(row))
+            replace_file(self._path(row), text.encode())
 
     def learn(self, device: Device, **rates: Any) -> None:
         """Change single rates to what a run has shown (the disk's, the seconds of compiling) of a

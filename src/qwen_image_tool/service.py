@@ -6,7 +6,6 @@ It is started once for a data folder; what it was doing when it died goes on at 
 import contextlib
 import json
 import logging
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from filelock import FileLock, Timeout
 from qwen_image_tool import device
 from qwen_image_tool.app import App
 from qwen_image_tool.catalog import DEFAULT_MODEL, Model
-from qwen_image_tool.errors import Busy, Cancelled, ToolError
+from qwen_image_tool.errors import Busy, Cancelled, NotWritten, ToolError
 from qwen_image_tool.feed import (
     EventNews,
     Feed,
@@ -27,6 +26,7 @@ from qwen_image_tool.feed import (
     QueueState,
     TransferNews,
 )
+from qwen_image_tool.files import replace_file
 from qwen_image_tool.gallery.index import Index, Picture
 from qwen_image_tool.jobs import KEPT_JOBS, Job, Jobs
 from qwen_image_tool.progress import Progress
@@ -58,11 +58,11 @@ class Service:
         trash: Callable[[Path], None] | None = None,
     ) -> None:
         self.app = app
-        self.data = app.settings.data.absolute()
+        self.data = app.settings.data
         self._lock = self._locked()
         self.feed = Feed()
         self.jobs = Jobs(self.data / "jobs.db")
-        self.index = Index(app.settings.output.absolute(), self.data / "pictures.db", trash)
+        self.index = Index(app.settings.output, self.data / "pictures.db", trash)
         self.transfers = Transfers(
             app.library, lambda t: self.feed.publish(TransferNews(transfer=t))
         )
@@ -180,11 +180,14 @@ class Service:
         return {}
 
     def remember(self, **choices: object) -> None:
+        """Raises NotWritten."""
         path = self.data / "remembered.json"
-        with self._remembering, contextlib.suppress(OSError):
+        with self._remembering:
             text = json.dumps(self.remembered() | choices)
-            path.with_suffix(".tmp").write_text(text, encoding="utf-8")
-            os.replace(path.with_suffix(".tmp"), path)  # noqa: PTH105
+            try:
+                replace_file(path, text.encode())
+            except OSError as error:
+                raise NotWritten.of(path, error) from error
 
     # What the supervisor tells (supervisor.Host)
 

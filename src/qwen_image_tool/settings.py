@@ -60,7 +60,7 @@ class _ConfigFile(TomlConfigSettingsSource):
 
 
 class Settings(BaseSettings):
-    """As given by the user; a relative folder counts from the current one."""
+    """As given by the user; `load_settings` makes every folder absolute."""
 
     model_config = SettingsConfigDict(
         env_prefix=ENV_PREFIX, env_ignore_empty=True, frozen=True, extra="forbid"
@@ -100,13 +100,18 @@ class Settings(BaseSettings):
 
 
 def load_settings() -> Settings:
-    """Environment, else config file, else default; `~` is expanded.
+    """Environment, else config file, else default. Folders are absolute: `~` is expanded, and a
+    relative one counts from the current folder.
 
     Raises BadRequest that names the file and the key where a setting is broken or unknown.
     """
     try:
         settings = Settings()
-        folders = {name: value.expanduser() for name, value in settings if isinstance(value, Path)}
+        folders = {
+            name: value.expanduser().absolute()
+            for name, value in settings
+            if isinstance(value, Path)
+        }
     except ValidationError as error:
         raise _broken_setting(error) from error
     except ValueError as error:  # not TOML, or not UTF-8

@@ -215,6 +215,10 @@ class Supervisor:
                 _log.error("The queue waits: %s", error)
                 self._wake.wait(2.0)
                 self._wake.clear()
+            except Exception as error:  # noqa: BLE001  the thread's last word is not silence
+                _log.exception("The queue stops.")
+                self._halted = Failure.from_table("other", f"({error})")
+                self._host.queue_changed()
         self._end_worker()
 
     def _work(self) -> bool:

@@ -88,9 +88,11 @@ def token(as_json: Json = False) -> None:
     where = running(load_settings().data)
     screen = Screen(as_json)
     if as_json:
-        screen.json({"url": where.url, "port": where.port, "token": where.token})
+        facts = where.model_dump(include={"url", "port", "token"})
+        screen.json(facts | {"address": where.address})
     else:
-        screen.facts({"Page": f"{where.url}/?__t={where.token}", "Token": where.token})
+        page = f"{where.url}/?__t={where.token}"
+        screen.facts({"Page": page, "Token": where.token, "For programs": where.address})
 
 
 def password() -> None:

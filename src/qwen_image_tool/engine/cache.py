@@ -37,7 +37,7 @@ class TensorCache:
 
     def put(self, key: Sequence[object], tensor: torch.Tensor) -> None:
         tensors = {"tensor": tensor.cpu().contiguous()}
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, SafetensorError):
             self._folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self._folder) as made:
                 file = Path(made) / "tensor"

@@ -211,6 +211,7 @@ class _Parts:
         self._text_folder, self._vae_folder = folder / "text_encoder", folder / "vae"
         self._text_encoder: text.TextEncoder | None = None
         self.compiled: compiled.Compiled | None = None
+        self._sketch: Sketch | None = None
         logs.adopt_libraries()
         # Their progress bars would stand beside ours
         transformers_logging.disable_progress_bar()
@@ -288,7 +289,9 @@ class _Parts:
 
     def sketch(self, folder: Path | None) -> Sketch | None:
         """Draws previews of this VAE's latents."""
-        return Sketch(folder, checkpoint_identity(self._vae_folder)) if folder else None
+        if folder and self._sketch is None:
+            self._sketch = Sketch(folder, checkpoint_identity(self._vae_folder))
+        return self._sketch
 
     def close(self) -> None:
         if self._text_encoder:

@@ -47,7 +47,8 @@ def _gpu(torch: Any) -> tuple[dict[str, Any], str]:
     """Fields of the first GPU, or nothing and why it can't be used."""
     built_for = _built_for(torch)
     if not built_for:
-        return {}, ""
+        card = nvidia_card()
+        return {}, f"this torch was built without support for the {card.name}." if card else ""
     reader = {"CUDA": _cuda, "ROCm": _cuda, "XPU": _xpu, "MPS": _mps}[built_for.split()[0]]
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")

@@ -4,8 +4,6 @@ VAE decoded before. No weights are downloaded for it, and it costs one small mat
 import contextlib
 import hashlib
 import io
-import os
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +13,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from qwen_image_tool.files import replace_file
+
 ENOUGH = 64  # pictures to learn from; more would change nothing that can be seen
-SIDE = 320  # pixels of a preview's longer side, at least
+SIDE = 160  # pixels of a preview's longer side, at least; a viewer makes more of it for nothing
 RIDGE = 1e-3  # keeps the map small where few pictures say little
 
 
@@ -31,21 +31,20 @@ class Sketch:
     def __init__(self, folder: Path, identity: Sequence[str]) -> None:
         name = hashlib.sha256("\0".join(identity).encode()).hexdigest()
         self._path = folder / f"{name}.npz"
-        self._map: torch.Tensor | None = None
+        sums = self._read()
+        self._map = _solve(*sums[:2]) if sums else None
 
     def draw(self, cells: torch.Tensor) -> bytes | None:
         """A JPEG of one picture's latent cells, [channels, 1, height, width]; None as long as no
         picture of this VAE was decoded."""
         if self._map is None:
-            sums = self._read()
-            if sums is None:
-                return None
-            self._map = torch.from_numpy(_solve(*sums[:2])).to(cells.device)
+            return None
+        self._map = self._map.to(cells.device)
         colours = cells[:, 0].permute(1, 2, 0).float() @ self._map[:-1] + self._map[-1]
         pixels = colours.clamp(0, 255).round().to(torch.uint8).cpu().numpy()
         image = Image.fromarray(pixels)
         grow = max(1, -(-SIDE // max(image.size)))
-        image = image.resize((image.width * grow, image.height * grow), Image.Resampling.BICUBIC)
+        image = image.resize((image.width * grow, image.height * grow), Image.Resampling.BILINEAR)
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=80)
         return buffer.getvalue()
@@ -63,7 +62,9 @@ class Sketch:
         rows = cells[:, 0].permute(1, 2, 0).double().cpu().numpy().reshape(len(colours), -1)
         rows = np.concatenate([rows, np.ones((len(rows), 1))], axis=1)
         squares, products, pictures = sums or (0.0, 0.0, 0)
-        self._write(squares + rows.T @ rows, products + rows.T @ colours, pictures + 1)
+        squares, products = squares + rows.T @ rows, products + rows.T @ colours
+        self._map = _solve(squares, products)
+        self._write(squares, products, pictures + 1)
 
     def _read(self) -> tuple[Any, Any, int] | None:
         damaged = ValueError, KeyError, EOFError, zipfile.BadZipFile
@@ -76,17 +77,16 @@ class Sketch:
         return None
 
     def _write(self, squares: Any, products: Any, pictures: int) -> None:
+        buffer = io.BytesIO()
+        np.savez(buffer, squares=squares, products=products, pictures=pictures)
         with contextlib.suppress(OSError):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self._path.parent, delete=False) as file:
-                np.savez(file, squares=squares, products=products, pictures=pictures)
-            os.replace(file.name, self._path)  # noqa: PTH105
+            replace_file(self._path, buffer.getvalue())
 
 
-def _solve(squares: Any, products: Any) -> Any:
+def _solve(squares: Any, products: Any) -> torch.Tensor:
     """[channels + 1, 3], float32."""
     ridge = RIDGE * np.trace(squares) / len(squares) * np.eye(len(squares))
-    return np.linalg.solve(squares + ridge, products).astype(np.float32)
+    return torch.from_numpy(np.linalg.solve(squares + ridge, products).astype(np.float32))
 
 
 def _on_white(image: Image.Image) -> Image.Image:

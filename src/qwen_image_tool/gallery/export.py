@@ -4,11 +4,11 @@ import contextlib
 import hashlib
 import io
 import json
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 from qwen_image_tool.errors import BadRequest, NotOurPicture
+from qwen_image_tool.files import replace_file
 from qwen_image_tool.gallery import (
     DESCRIPTION_TAG,
     EXIF_IFD,
@@ -68,7 +68,8 @@ def thumbnail(path: Path, side: int, cache: Path) -> bytes:
             data = encode(image, "webp", quality=80)
     except (OSError, SyntaxError, ValueError) as error:
         raise NotOurPicture(f"{path.name} can't be read: {error}.", "Is it still there?") from error
-    _keep(kept, data)
+    with contextlib.suppress(OSError):  # it is made again
+        replace_file(kept, data)
     return data
 
 
@@ -114,15 +115,6 @@ def decode_upload(data: bytes, max_pixels: int = MAX_PIXELS) -> "Image":
             f"The picture can't be read: {error}.", "Send a whole PNG, JPEG or WebP file."
         ) from error
     return image
-
-
-def _keep(path: Path, data: bytes) -> None:
-    """A cache that can't be written is no error."""
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(data)
-        Path(file.name).replace(path)
 
 
 def _bare(image: "Image") -> "Image":

@@ -75,6 +75,11 @@ class Index:
         self.folder = folder
         self.database = Database(database, migrations("pictures"), durable=False)
         self._trash = trash or to_trash
+        if (
+            self.database.rescued
+        ):  # a row may have come back with other content: read its file again
+            with self.database.write() as write:
+                write.execute("UPDATE pictures SET changed = 0")
         self._late: dict[str, dict[str, Any]] = {}  # rows by id that the database did not take yet
 
     def add(self, path: Path) -> Picture:

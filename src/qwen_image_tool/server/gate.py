@@ -12,7 +12,7 @@ import hmac
 import secrets
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,13 +21,15 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 
-from qwen_image_tool.errors import BadRequest, ToolError
+from qwen_image_tool.errors import BadRequest, NotWritten, ToolError
+from qwen_image_tool.files import replace_file
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 TOKEN_BYTES = 32
-WRONG_TRIES, WINDOW = 5, 60.0  # wrong passwords of one address in so many seconds
+WRONG_TRIES, WINDOW = 5, 60.0  # wrong passwords or tokens of one address in so many seconds
+MOST_ADDRESSES = 10_000  # whose tries are remembered
 SESSION_SECONDS = 30 * 24 * 3600.0
 MIN_PASSWORD = 8  # characters
 MAX_BODY = 1 << 20  # bytes of a request
@@ -68,14 +70,18 @@ class Password:
         return self._path.is_file()
 
     def set(self, password: str) -> None:
-        """Raises BadRequest where it is too short."""
+        """Raises BadRequest where it is too short, NotWritten where it can't be kept."""
         from argon2 import PasswordHasher
 
         if len(password) < MIN_PASSWORD:
             raise BadRequest(
                 "The password is too short.", f"Use {MIN_PASSWORD} characters or more."
             )
-        write_private(self._path, PasswordHasher().hash(password))
+        kept = PasswordHasher().hash(password).encode()
+        try:
+            replace_file(self._path, kept, private=True)
+        except OSError as error:
+            raise NotWritten.of(self._path, error) from error
 
     def matches(self, password: str) -> bool:
         from argon2 import PasswordHasher
@@ -88,10 +94,42 @@ class Password:
             return False
 
 
+class Tries:
+    """Wrong tries of each address. `clock` gives monotonic seconds."""
+
+    def __init__(self, what: str, clock: Callable[[], float]) -> None:
+        self._what, self._clock = what, clock
+        self._wrong: dict[str, dict[bytes, float]] = {}
+
+    def check(self, address: str) -> None:
+        """Raises TooManyTries."""
+        wrong = self._latest(address)
+        if len(wrong) >= WRONG_TRIES:
+            raise TooManyTries(self._what, WINDOW - (self._clock() - min(wrong.values())))
+
+    def failed(self, address: str, given: str = "") -> None:
+        """`given` counts once: a program that goes on with the token of the last start does not
+        guess. Without it every try counts."""
+        mark = hashlib.sha256(given.encode()).digest() if given else secrets.token_bytes(8)
+        wrong = self._latest(address)
+        if len(self._wrong) >= MOST_ADDRESSES:
+            self._wrong.clear()
+        self._wrong[address] = wrong | {mark: self._clock()}
+
+    def forget(self, address: str) -> None:
+        self._wrong.pop(address, None)
+
+    def _latest(self, address: str) -> dict[bytes, float]:
+        now = self._clock()
+        wrong = self._wrong.get(address, {})
+        return {given: then for given, then in wrong.items() if now - then < WINDOW}
+
+
 class Access:
     """What opens the gate: the token of this start, a session after the password, a signature.
 
-    `clock` gives monotonic seconds.
+    With a `password` (LAN mode) an address may guess either a few times a minute. `clock` gives
+    monotonic seconds.
     """
 
     def __init__(
@@ -101,7 +139,8 @@ class Access:
         self._password = password
         self._clock = clock
         self._sessions: dict[str, float] = {}
-        self._wrong: dict[str, list[float]] = {}
+        self._passwords = Tries("passwords", clock)
+        self._tokens = Tries("tokens", clock)
         self._one_at_a_time = threading.Lock()  # a try costs time and 64 MiB
 
     def signature(self, path: str) -> str:
@@ -110,6 +149,18 @@ class Access:
 
     def is_token(self, text: str) -> bool:
         return hmac.compare_digest(text.encode(), self.token.encode())
+
+    def opens(self, address: str, given: str) -> bool:
+        """Whether a client at `address` that gives this may come in. Raises TooManyTries."""
+        if self.is_session(given):
+            return True
+        if self._password is None or not given:
+            return self.is_token(given)
+        self._tokens.check(address)
+        right = self.is_token(given)
+        if not right:
+            self._tokens.failed(address, given)
+        return right
 
     def is_session(self, text: str) -> bool:
         return self._sessions.get(text, 0.0) > self._clock()
@@ -120,24 +171,21 @@ class Access:
             return self._log_in(address, password)
 
     def _log_in(self, address: str, password: str) -> str | None:
-        now = self._clock()
-        wrong = [then for then in self._wrong.get(address, []) if now - then < WINDOW]
-        if len(wrong) >= WRONG_TRIES:
-            raise TooManyTries(WINDOW - (now - wrong[0]))
+        self._passwords.check(address)
         if self._password and self._password.matches(password):
-            self._wrong.pop(address, None)
+            self._passwords.forget(address)
             session = secrets.token_urlsafe(TOKEN_BYTES)
-            self._sessions[session] = now + SESSION_SECONDS
+            self._sessions[session] = self._clock() + SESSION_SECONDS
             return session
-        self._wrong[address] = [*wrong, now]
+        self._passwords.failed(address)
         return None
 
 
 class TooManyTries(ToolError):
-    """Too many wrong passwords from one address."""
+    """Too many wrong passwords or tokens from one address."""
 
-    def __init__(self, seconds: float) -> None:
-        super().__init__("Too many wrong passwords.", f"Wait {seconds:.0f} seconds.")
+    def __init__(self, what: str, seconds: float) -> None:
+        super().__init__(f"Too many wrong {what}.", f"Wait {seconds:.0f} seconds.")
         self.seconds = seconds
 
 
@@ -183,13 +231,21 @@ class Gate:
 
     def _entrance(self, scope: "Scope", headers: Headers) -> Response | None:
         """What is answered instead of letting the request in; None lets it in."""
+        try:
+            return self._unless_known(scope, headers)
+        except TooManyTries as error:
+            refused = _problem(429, "too_many_tries", str(error))
+            refused.headers["retry-after"] = f"{error.seconds:.0f}"
+            return refused
+
+    def _unless_known(self, scope: "Scope", headers: Headers) -> Response | None:
         query = parse_qs(scope["query_string"].decode("latin-1"))
-        path = scope["path"]
+        path, address = scope["path"], (scope["client"] or ("",))[0]
         if path == "/" and (given := query.get("__t")):
-            if self._access.is_token(given[0]):
+            if self._access.opens(address, given[0]):
                 return self.welcome(RedirectResponse("/", 303), self._access.token)
             return _problem(401, "invalid_api_key", "The token is not the one of this start.")
-        if path in OPEN or self._known(headers):
+        if path in OPEN or any(self._access.opens(address, each) for each in self._given(headers)):
             return None
         key = query.get("key", [""])[0]
         if scope["method"] in SAFE and hmac.compare_digest(
@@ -206,14 +262,14 @@ class Gate:
         answer.set_cookie(self.cookie, quote(key), httponly=True, samesite="strict", path="/")
         return answer
 
-    def _known(self, headers: Headers) -> bool:
+    def _given(self, headers: Headers) -> Iterator[str]:
+        """What may be the token or a session."""
         scheme, _, given = headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer" and self._access.is_token(given.strip()):
-            return True
-        if scheme.lower() == "basic" and self._access.is_token(_basic_password(given)):
-            return True
-        cookie = _cookie(headers.get("cookie", ""), self.cookie)
-        return bool(cookie) and (self._access.is_token(cookie) or self._access.is_session(cookie))
+        if scheme.lower() == "bearer":
+            yield given.strip()
+        if scheme.lower() == "basic":
+            yield _basic_password(given)
+        yield _cookie(headers.get("cookie", ""), self.cookie)
 
     async def _let_in(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
         limit, read, started = _limit(scope["path"]), 0, False
@@ -240,18 +296,6 @@ class Gate:
             await _problem(413, "request_too_large", "The request is too large.")(
                 scope, receive, protected
             )
-
-
-def write_private(path: Path, text: str) -> None:
-    """Only the user can read it; it replaces what was there in one step."""
-    import os
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    handle = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-    new.replace(path)
 
 
 def _protected(send: "Send", path: str) -> "Send":

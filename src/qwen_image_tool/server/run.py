@@ -11,8 +11,10 @@ import socket
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import quote, urlsplit
 
 import psutil
 import uvicorn
@@ -24,11 +26,12 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from qwen_image_tool import __version__
-from qwen_image_tool.errors import BadRequest, ToolError, Unknown
+from qwen_image_tool.errors import BadRequest, NotWritten, Unknown
+from qwen_image_tool.files import replace_file
 from qwen_image_tool.server.a1111 import a1111
 from qwen_image_tool.server.answers import explain_errors
 from qwen_image_tool.server.api import Here, api
-from qwen_image_tool.server.gate import TOKEN_BYTES, Access, Gate, Password, write_private
+from qwen_image_tool.server.gate import TOKEN_BYTES, Access, Gate, Password
 from qwen_image_tool.server.hub import Hub
 from qwen_image_tool.server.mcp import Mounted
 from qwen_image_tool.server.openai import openai
@@ -38,6 +41,7 @@ from qwen_image_tool.types import Value
 PORT = 7860  # preferred; the next free one otherwise
 TRIED_PORTS = 20
 TOKEN_VARIABLE = "QIT_TOKEN"  # noqa: S105
+ANSWER_SECONDS = 10  # a busy server answers late
 LEAVE_SECONDS = 2  # for open connections, when the server ends
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 APIS = ("/api", "/v1", "/sdapi", "/mcp")  # below these the page answers nothing
@@ -50,6 +54,13 @@ class Running(Value):
     port: int
     token: str
     pid: int
+
+    @property
+    def address(self) -> str:
+        """For programs that take an address and nothing else: their HTTP client sends what stands
+        before the @ as Basic authentication."""
+        scheme, _, host = self.url.partition("://")
+        return f"{scheme}://qit:{quote(self.token, safe='')}@{host}"
 
 
 class Page(Protocol):
@@ -74,9 +85,20 @@ def running(data: Path) -> Running:
     """The service of this data folder. Raises Unknown where none runs."""
     with contextlib.suppress(OSError, ValueError):
         found = Running.from_json((data / "server.json").read_text(encoding="utf-8"))
-        if psutil.pid_exists(found.pid):
+        if _answers(found):
             return found
     raise Unknown("QwenImageTool is not running.", "Start it with `qit serve`.")
+
+
+def _answers(found: Running) -> bool:
+    """Whether who listens there is the process that wrote it down. One that was killed left its
+    file; its number and its port may be another program's by now."""
+    connection = HTTPConnection(urlsplit(found.url).netloc, timeout=ANSWER_SECONDS)
+    with contextlib.closing(connection), contextlib.suppress(HTTPException):
+        connection.request("GET", "/healthz")
+        answer = json.loads(connection.getresponse().read(1000))
+        return isinstance(answer, dict) and answer.get("pid") == found.pid
+    return False
 
 
 def build(service: Service, access: Access, page: Page | None = None) -> FastAPI:
@@ -176,7 +198,8 @@ def bind(host: str, port: int | None, service: Service) -> socket.socket:
                 ) from error
         else:
             if port is None:
-                service.remember(port=bound.getsockname()[1])
+                with contextlib.suppress(NotWritten):
+                    service.remember(port=bound.getsockname()[1])
             return bound
     raise BadRequest("No port is free.", "Choose one with --port.")
 
@@ -287,9 +310,9 @@ def _end_with_stdin(stopper: Stopper) -> None:
 def _announced(service: Service, where: Running) -> Iterator[None]:
     path = service.data / "server.json"
     try:
-        write_private(path, where.to_json())
+        replace_file(path, where.to_json().encode(), private=True)
     except OSError as error:
-        raise ToolError(f"{path} can't be written: {error}.", "Allow writing to it.") from error
+        raise NotWritten.of(path, error) from error
     try:
         yield
     finally:
