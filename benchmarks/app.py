@@ -32,7 +32,7 @@ from qwen_image_tool import gallery
 from qwen_image_tool.app import App
 from qwen_image_tool.device import cores, cpu_name
 from qwen_image_tool.errors import NotOurPicture
-from qwen_image_tool.gallery.index import Index, put
+from qwen_image_tool.gallery.index import Filter, Index, put
 from qwen_image_tool.settings import Settings
 from qwen_image_tool.supervisor import COMMAND
 from qwen_image_tool.types import Preview, Request, Stepped
@@ -243,7 +243,7 @@ def gallery_of_100000(_: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
     def search(options: dict[str, Any]) -> Callable[[], object]:
-        return lambda: index.search(**options)
+        return lambda: index.search(Filter(**options))
 
     slowest = {
         name: 1e3 * max(_timed(search(options)) for _ in range(20))

@@ -14,7 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 from fake_worker import plan_for
 from qwen_image_tool import gallery
 from qwen_image_tool.errors import BadRequest, NotOurPicture, ToolError, Unknown
-from qwen_image_tool.gallery.index import Index, Picture, picture_id, to_trash
+from qwen_image_tool.gallery.index import Filter, Index, Picture, picture_id, to_trash
 from qwen_image_tool.types import Request, Size
 
 
@@ -41,7 +41,7 @@ def index(tmp_path: Path) -> Iterator[Index]:
 
 
 def prompts(index: Index, text: str = "", **more: object) -> list[str]:
-    found = index.search(text, **more)  # type: ignore[arg-type]
+    found = index.search(Filter(text=text, **more))
     return [picture.prompt for picture in found.pictures]
 
 
@@ -73,10 +73,10 @@ def test_words_are_found_in_every_language(index: Index) -> None:
     assert prompts(index, '"off",') == ['50% "off", it\'s a fox-trot']
     assert prompts(index, "50%") == ['50% "off", it\'s a fox-trot']
     for odd in ('"', "*", "NEAR(", "a AND", "prompt:fox", "-", "''", "%", "_"):
-        index.search(odd)
+        index.search(Filter(text=odd))
     for odd in ("\0", "a\0b", "fox\0 snow"):
         with pytest.raises(BadRequest, match="NUL"):
-            index.search(odd)
+            index.search(Filter(text=odd))
     assert prompts(index, "unicorn") == []
 
 
@@ -101,7 +101,7 @@ def test_pages_have_every_picture_once(index: Index) -> None:
     seen: list[Picture] = []
     after = None
     while True:
-        page = index.search("number", limit=2, after=after)
+        page = index.search(Filter(text="number"), limit=2, after=after)
         seen += page.pictures
         if (after := page.next) is None:
             break
@@ -161,7 +161,7 @@ def test_strangers_and_rubbish(index: Index) -> None:
     (index.folder / "notes.txt").write_text("no picture")
     (index.folder / ".hidden.png.part").write_bytes(b"half")
     assert index.sync().added == 2
-    [cat] = index.search("cat").pictures
+    [cat] = index.search(Filter(text="cat")).pictures
     assert (cat.model, cat.seed, cat.size) == ("x", 9, Size(9, 7))
     with pytest.raises(NotOurPicture):
         index.add(index.folder / "broken.png")
@@ -249,6 +249,6 @@ def test_no_search_sorts_what_it_found(index: Index, filters: dict[str, str]) ->
         return list(read(sql, values))
 
     index.database.read = spied  # type: ignore[assignment, method-assign]
-    index.search(**filters)  # type: ignore[arg-type]
+    index.search(Filter(**filters))
     assert plans
     assert not [plan for plan in plans if "TEMP B-TREE" in plan]
