@@ -40,7 +40,7 @@ class Visit:
         field.press("Enter")
 
     def field(self, label: str) -> Locator:
-        return self.page.get_by_label(label, exact=True).first
+        return self.page.get_by_label(label, exact=True).filter(visible=True).first
 
     def write(self, label: str, text: str) -> None:
         self.field(label).fill(text)

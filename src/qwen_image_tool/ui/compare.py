@@ -107,7 +107,9 @@ def _cell(t: Words, entries: Sequence[Entry]) -> str:
 
 def _entry(t: Words, entry: Entry) -> str:
     if not entry.picture:
-        return f'<span class="qit-later soft">{text(entry.said)}</span>'
+        size = entry.request.size
+        shape = f"aspect-ratio:{size.width}/{size.height}" if size else ""
+        return f'<span class="qit-later soft" style="{shape}">{text(entry.said)}</span>'
     name = text(t("Seed {seed}", seed=entry.request.seed))
     return (
         f'<button type="button" class="qit-tile" data-do="show" data-picture="{entry.picture}"'

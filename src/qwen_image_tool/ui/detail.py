@@ -227,12 +227,11 @@ def _series(t: Words, picture: str) -> str:
         options = none + "".join(
             f'<option value="{name}">{text(setting_name(t, name))}</option>' for name in VARIED
         )
-        hint = t("10, 20, 40") if first else ""
         return (
             f'<div class="qit-axis"><label>{text(label)}'
             f'<select name="{number}">{options}</select></label>'
             f"<label>{text(t('Values'))}"
-            f'<input name="{number}_values" placeholder="{text(hint)}" autocomplete="off"></label>'
+            f'<input name="{number}_values" autocomplete="off"></label>'
             "</div>"
         )
 

@@ -72,7 +72,7 @@
   addEventListener('dragleave', event => { if (!event.relatedTarget) drop.remove(); });
   addEventListener('drop', event => {
     drop.remove();
-    const input = document.querySelector('#qit-dropped-input, #qit-top input[type=file]');
+    const input = document.querySelector('#qit-top input[type=file]');
     if (!carries(event) || !input || !event.dataTransfer.files.length) return;
     event.preventDefault();
     const one = new DataTransfer();

@@ -3,6 +3,7 @@
 `tiles.js` keeps only the tiles near the window in the document, and asks for them by their place.
 """
 
+import json
 from dataclasses import dataclass
 
 from qwen_image_tool.gallery.index import Filter, Index, Picture
@@ -42,14 +43,14 @@ def tiles_from(t: Words, index: Index, wanted: Filter, start: int) -> list[str]:
 
 
 def list_html(t: Words, now: Listed) -> str:
-    """`data-filter` tells tiles.js whether it is another list; the template has its first page."""
-    first = "".join(tile(t, picture) for picture in now.first)
+    """For tiles.js: `data-filter` tells whether it is another list, `data-first` is its first page
+    as JSON."""
+    first = json.dumps([tile(t, picture) for picture in now.first])
     return (
         f"{_deleted(t, now.deleted)}{_picked(t)}"
         f'<div class="qit-album" data-filter="{text(now.wanted.to_json())}"'
-        f' data-count="{now.count}" data-label="{text(t("Pictures"))}">'
-        f'<p class="soft" role="status">{text(_said(t, now))}</p>'
-        f"<template>{first}</template></div>"
+        f' data-count="{now.count}" data-first="{text(first)}" data-label="{text(t("Pictures"))}">'
+        f'<p class="soft" role="status">{_said(t, now)}</p></div>'
     )
 
 
@@ -81,14 +82,12 @@ def thumbnail_url(picture: str, side: int = THUMBNAIL) -> str:
 
 def _said(t: Words, now: Listed) -> str:
     if now.empty:
-        return t("Your pictures appear here, and stay. Draw one on the Create tab.")
+        return text(t("Your pictures appear here, and stay. Draw one on the Create tab."))
     if not now.count:
-        return t("No picture is like that. Search for fewer words, or take a filter away.")
-    return (
-        t("{count} pictures", count=f"{now.count:,}")
-        + " · "
-        + t("Keys: arrows move, Enter opens, X picks, S stars, Delete deletes")
-    )
+        return text(t("No picture is like that. Search for fewer words, or take a filter away."))
+    keys = t("Keys: arrows move, Enter opens, X picks, S stars, Delete deletes")
+    count = t("{count} pictures", count=f"{now.count:,}")
+    return f'{text(count)}<span class="qit-keys"> · {text(keys)}</span>'
 
 
 def _picked(t: Words) -> str:
