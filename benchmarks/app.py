@@ -222,14 +222,9 @@ def _round(url: str, clients: int) -> list[int]:
 
 def gallery_of_100000(_: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """An index of 100,000 pictures: searches for what all, few and none have."""
-    chance = random.Random(1)
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    words = ["".join(chance.choices(letters, k=chance.randint(3, 9))) for _ in range(3000)]
     index = Index(folder / "pictures", folder / "pictures.db")
     began = time.perf_counter()
-    for first in range(0, 100_000, 500):
-        with index.database.write() as write:
-            put(write, [_row(n, chance, words) for n in range(first, first + 500)])
+    words = fill(index, 100_000)
     filled = time.perf_counter() - began
     searches: dict[str, dict[str, Any]] = {
         "newest": {},
@@ -252,6 +247,20 @@ def gallery_of_100000(_: argparse.Namespace, folder: Path) -> dict[str, Any]:
     index.close()
     opened = _timed(lambda: Index(folder / "pictures", folder / "pictures.db").close())
     return {"filled_seconds": filled, "opened_seconds": opened, "slowest_search_ms": slowest}
+
+
+def fill(
+    index: Index, count: int, more: Callable[[int], dict[str, Any]] = lambda _: {}
+) -> list[str]:
+    """Rows of `count` invented pictures, 300 a day, with what `more` says of each. Returns the
+    words that their prompts are made of: all have "picture", each word is in about 1 of 120."""
+    chance = random.Random(1)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["".join(chance.choices(letters, k=chance.randint(3, 9))) for _ in range(3000)]
+    for first in range(0, count, 500):
+        with index.database.write() as write:
+            put(write, [_row(n, chance, words) | more(n) for n in range(first, first + 500)])
+    return words
 
 
 def _row(number: int, chance: random.Random, words: list[str]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from playwright.sync_api import Locator, expect
+from playwright.sync_api import FilePayload, Locator, expect
 
 from browsing import DESKTOP, PHONE, Site, Visit
 from fake_worker import plan_for
@@ -314,8 +314,8 @@ def test_a_dropped_picture_is_read(site: Site, folder: Path, pictures: dict[str,
         Image.new("RGB", (9, 9)).save(plain, "PNG")
         with visit.page.expect_file_chooser() as chooser:
             visit.press("Read a picture's settings")
-        file = {"name": "plain.png", "mimeType": "image/png", "buffer": plain.getvalue()}
-        chooser.value.set_files([file])  # type: ignore[list-item]
+        file = FilePayload(name="plain.png", mimeType="image/png", buffer=plain.getvalue())
+        chooser.value.set_files([file])
         expect(shown).to_contain_text("This file does not say what it was made from.")
         drop(visit, "broken.png", b"no picture")
         visit.sees("The picture can't be read")
