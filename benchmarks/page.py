@@ -72,6 +72,7 @@ WATCH = """([event, done]) => new Promise(resolve => {
   addEventListener(event, () => { began ??= performance.now(); requestAnimationFrame(look); },
     {capture: true, once: true});
 })"""
+LOADED = "[...document.querySelectorAll('.qit-tiles img')].every(image => image.complete)"
 TILES = "document.querySelector('.qit-tiles li[data-picture] img')?.complete"
 
 
@@ -149,9 +150,7 @@ def gallery(browser: Browser, folder: Path) -> dict[str, Any]:
     }
     found = {}
     with _site(browser, folder) as site:
-        site.wait_for(
-            lambda: site.http.get("/api/system").json()["startup"]["step"], _is_ready, 300
-        )
+        site.wait_for(lambda: site.http.get("/api/system").json(), _is_ready, 300)
         opened = [_opened(site) for _ in range(3)]
         with site.visit() as visit:
             visit.go("Gallery")
@@ -163,6 +162,7 @@ def gallery(browser: Browser, folder: Path) -> dict[str, Any]:
                     "album.dataset.count === '0' || document.querySelector('.qit-tiles img')))"
                     "(document.querySelector('.qit-album'))"
                 )
+                visit.page.wait_for_function(LOADED)
                 with _watched(visit.page, "input", done) as taken:
                     visit.page.locator("#qit-search :is(input, textarea)").fill(text)
                 found[name] = taken[0]

@@ -43,6 +43,9 @@ _SHAPES: dict[Shape, str] = {
 }
 _NAMES = "number id file bytes taken width height model seed job prompt negative star"
 _COLUMNS = ", ".join(f"pictures.{name}" for name in _NAMES.split())
+_HOLDS = " OR ".join(
+    f"pictures.{name} LIKE ? ESCAPE '\\'" for name in ("prompt", "negative", "model")
+)
 _log = logging.getLogger(__name__)
 
 
@@ -170,7 +173,7 @@ class Index:
 
     def count(self, wanted: Filter = EVERYTHING) -> int:
         """How many there are. Raises BadRequest."""
-        found = _query(wanted)
+        found = _query(wanted).counted
         [[count]] = self.database.read(f"SELECT count(*) {found.sql}", found.values)
         return int(count)
 
@@ -482,6 +485,12 @@ class _Query:
         return f"FROM {self.tables} {where}"
 
     @property
+    def counted(self) -> "_Query":
+        """The same for counting: words alone need no look at the pictures."""
+        alone = self.conditions == ("words MATCH ?",)
+        return replace(self, tables="words") if alone else self
+
+    @property
     def number(self) -> str:
         """The column that yields the newest first without sorting."""
         return "words.rowid" if "words" in self.tables else "pictures.number"
@@ -498,8 +507,8 @@ def _query(wanted: Filter) -> _Query:
             "words MATCH ?", " ".join('"' + word.replace('"', '""') + '"' for word in long)
         )
     for word in (word for word in words if len(word) < 3):
-        said = "pictures.prompt || ' ' || pictures.negative || ' ' || pictures.model"
-        found = found.but(f"instr(lower({said}), ?)", word.lower())
+        part = "%" + re.sub(r"[%_\\]", r"\\\g<0>", word) + "%"
+        found = found.but(f"({_HOLDS})", part, part, part)
     if wanted.model:
         found = found.but("pictures.model = ?", wanted.model)
     if wanted.starred:

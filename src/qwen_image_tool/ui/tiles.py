@@ -69,6 +69,7 @@ def tile(t: Words, picture: Picture) -> str:
         f' data-key="show-{picture.id}" tabindex="-1" aria-label="{text(", ".join(facts))}"'
         ' aria-keyshortcuts="x s Delete">'
         f'<img src="{thumbnail_url(picture.id)}" alt="" loading="lazy" decoding="async"'
+        ' fetchpriority="low"'
         f' width="{picture.size.width}" height="{picture.size.height}"></button>'
         f'<input type="checkbox" tabindex="-1" data-pick="{picture.id}"'
         f' aria-label="{text(t("Pick {name}", name=name))}">{star}</li>'
