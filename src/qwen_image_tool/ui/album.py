@@ -2,6 +2,7 @@
 
 import json
 import secrets
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import date, timedelta
@@ -53,6 +54,22 @@ class Seen:
     wanted: Filter | None = None
     view: View | None = None
     detail: str = ""
+
+
+Asked = tuple[int, View] | None  # by another tab: when, and what to look at
+
+
+class Sitting:
+    """A page that is open: what it looks at, and what it was sent. Its events come in threads, and
+    one may overtake another, so each has it alone. `heard`: when it was last asked by a tab."""
+
+    def __init__(self) -> None:
+        self.alone = threading.Lock()
+        self.view, self.seen, self.heard = View(), Seen(), 0
+
+    def __deepcopy__(self, _: object) -> "Sitting":
+        """Gradio copies a state for each page that opens."""
+        return Sitting()
 
 
 def build(kit: Kit) -> None:
@@ -155,52 +172,61 @@ def wanted_of(
     )
 
 
+def _hear(sitting: Sitting, asked: Asked) -> None:
+    """What another tab asked for is looked at once."""
+    if asked and asked[0] > sitting.heard:
+        sitting.heard, sitting.view = asked
+
+
 class Album:
-    """Answers the events of the gallery. Each answer is what to look at; `_drawn` makes of it what
-    changed on the page."""
+    """Answers the events of the gallery. A button gives the view that follows; `_news` makes of it
+    what changed on the page."""
 
     def __init__(self, kit: Kit, fields: list[Any]) -> None:
         self._kit, self._fields = kit, fields
 
     def wire(self, shown: gr.HTML, detail: gr.HTML) -> None:
         kit, fields = self._kit, self._fields
-        view, seen = gr.State(View()), gr.State(Seen())
-        inputs = [view, seen, *fields]
-        outputs = [shown, detail, fields[1], fields[2], view, seen]
+        inputs = [gr.State(Sitting()), asked := gr.State(), *fields]
+        outputs = [shown, detail, fields[1], fields[2]]
 
-        def look(view: View, seen: Seen, *filters: Any) -> tuple[Any, ...]:
-            return self._drawn(view, seen, filters)
+        def look(sitting: Sitting, asked: Asked, *filters: Any) -> tuple[Any, ...]:
+            with sitting.alone:
+                _hear(sitting, asked)
+                return self._news(sitting, filters)
 
-        def act(act: dict[str, str], view: View, seen: Seen, *filters: Any) -> tuple[Any, ...]:
-            gone = self._leave(act, view)
-            shown = view if gone else self._act(act, view)
-            return (*self._drawn(shown, seen, filters), *(gone or (gr.skip(), gr.skip())))
+        def act(act: dict[str, str], sitting: Sitting, _: Asked, *filters: Any) -> tuple[Any, ...]:
+            with sitting.alone:
+                if gone := self._leave(act, sitting.view):
+                    return (*(gr.skip() for _ in outputs), *gone)
+                sitting.view = self._act(act, sitting.view)
+                return (*self._news(sitting, filters), gr.skip(), gr.skip())
 
-        def wanted(wanted: dict[str, Any]) -> tuple[Any, ...]:
-            return (*(gr.skip() for _ in range(4)), self._wanted(wanted), gr.skip())
+        def wanted(wanted: dict[str, Any]) -> Asked:
+            return wanted["at"], self._wanted(wanted)
 
         changes = [field.change for field in fields]
         kit.on([*changes, kit.clock.tick], look, inputs, outputs, trigger_mode="always_last")
         for one in (shown, detail):
             kit.on_act(one, act, inputs, [*outputs, kit.tabs, kit.wanted])
-        kit.on_wanted("gallery", wanted, outputs)
+        kit.on_wanted("gallery", wanted, [asked])
 
-    def _drawn(self, view: View, seen: Seen, filters: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _news(self, sitting: Sitting, filters: tuple[Any, ...]) -> tuple[Any, ...]:
         """The outputs; nothing is sent where nothing is new."""
-        kit, index = self._kit, self._kit.service.index
-        version, wanted = index.version, wanted_of(*filters)
+        index, seen, wanted = self._kit.service.index, sitting.seen, wanted_of(*filters)
+        version, detail = index.version, seen.detail
         new = version != seen.version
-        shown = list_html(kit.t, listed(index, wanted)) if new or wanted != seen.wanted else None
-        detail = seen.detail
-        if new or view.jobs or view != seen.view:
-            view, detail = self._looked_at(view)
+        shown = None
+        if new or wanted != seen.wanted:
+            shown = list_html(self._kit.t, listed(index, wanted))
+        if new or sitting.view.jobs or sitting.view != seen.view:
+            sitting.view, detail = self._looked_at(sitting.view)
+        sitting.seen = Seen(version, wanted, sitting.view, detail)
         return (
             gr.skip() if shown is None else shown,
             gr.skip() if detail == seen.detail else detail,
             self._models() if new else gr.skip(),
             self._months() if new else gr.skip(),
-            view,
-            Seen(version, wanted, view, detail),
         )
 
     def _looked_at(self, view: View) -> tuple[View, str]:
