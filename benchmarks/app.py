@@ -312,11 +312,11 @@ PARTS: dict[str, Callable[[argparse.Namespace, Path], dict[str, Any]]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=list(PARTS))
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []])
     parser.add_argument("--kills", type=int, default=100)
     options = parser.parse_args()
     print(json.dumps({"machine": f"{cpu_name()}, {cores()} cores, {sys.platform}"}))
-    for name in options.parts:
+    for name in options.parts or PARTS:
         with tempfile.TemporaryDirectory() as folder:
             print(json.dumps({name: PARTS[name](options, Path(folder))}), flush=True)
 

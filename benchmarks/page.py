@@ -72,6 +72,7 @@ WATCH = """([event, done]) => new Promise(resolve => {
   addEventListener(event, () => { began ??= performance.now(); requestAnimationFrame(look); },
     {capture: true, once: true});
 })"""
+PLAN = "document.querySelector('#qit-plan').innerText"
 LOADED = "[...document.querySelectorAll('.qit-tiles img')].every(image => image.complete)"
 TILES = "document.querySelector('.qit-tiles li[data-picture] img')?.complete"
 
@@ -126,8 +127,8 @@ def plan(browser: Browser, folder: Path) -> dict[str, Any]:
     with _site(browser, folder) as site, site.visit() as visit:
         visit.plan.get_by_text("Memory").wait_for(timeout=OPENS)
         for number in range(15):
-            said = json.dumps(visit.plan.inner_text())
-            done = f"document.querySelector('#qit-plan').innerText.trim() !== {said}.trim()"
+            said = json.dumps(visit.page.evaluate(PLAN))
+            done = f"{PLAN} !== {said}"
             visit.field("Resolution").click()
             choice = "Small" if number % 2 == 0 else "Model's own"
             option = visit.page.get_by_role("option", name=choice)
@@ -298,7 +299,7 @@ PARTS: dict[str, Callable[[Browser, Path], dict[str, Any]]] = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=list(PARTS))
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []])
     parser.add_argument("--write", action="store_true", help="the table into docs/benchmarks.md")
     arguments = parser.parse_args()
     load = f", load {os.getloadavg()[0]:.0f} before" if hasattr(os, "getloadavg") else ""
@@ -311,7 +312,7 @@ def main() -> int:
     with sync_playwright() as playwright, tempfile.TemporaryDirectory() as base:
         browser = playwright.chromium.launch(executable_path=find_browser(), args=list(CHROMIUM))
         report["chromium"] = f"Chromium {browser.version}"
-        for part in arguments.parts:
+        for part in arguments.parts or PARTS:
             found = PARTS[part](browser, Path(base) / part)
             report |= found
             print(f"{part:10} {json.dumps(found)}", file=sys.stderr)

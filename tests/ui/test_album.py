@@ -137,6 +137,7 @@ def test_a_picture_with_its_settings(site: Site, pictures: dict[str, str]) -> No
             detail(visit, pictures["fox 3"]).get_by_role("button", name="☆ Star")
         ).to_be_visible()
         visit.page.keyboard.press("ArrowLeft")
+        expect(shown).to_be_visible()
         visit.press("Restore settings")
         expect(visit.field("Prompt")).to_have_value(FOX)
         expect(visit.field("Size")).to_have_value("128 x 96 pixels")

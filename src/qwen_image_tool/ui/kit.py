@@ -82,7 +82,8 @@ class Kit:
         def answer(event: gr.EventData, *values: Any) -> Any:
             return self._said_or_done(do, (dict(event._data), *values), len(outputs))
 
-        return self._listen(shown.click, answer, inputs, outputs, {})
+        every = {"trigger_mode": "multiple"}  # also a press while another one is answered
+        return self._listen(shown.click, answer, inputs, outputs, every)
 
     def _listen(
         self,
