@@ -38,7 +38,7 @@ from qwen_image_tool import gallery
 from qwen_image_tool.app import App
 from qwen_image_tool.device import cores, cpu_name
 from qwen_image_tool.errors import NotOurPicture
-from qwen_image_tool.gallery.index import Index, put
+from qwen_image_tool.gallery.index import Filter, Index, put
 from qwen_image_tool.messages import Happened, line
 from qwen_image_tool.settings import Settings
 from qwen_image_tool.supervisor import COMMAND
@@ -300,14 +300,9 @@ def _round(url: str, clients: int) -> list[int]:
 
 def gallery_of_100000(_: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """An index of 100,000 pictures: searches for what all, few and none have."""
-    chance = random.Random(1)
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    words = ["".join(chance.choices(letters, k=chance.randint(3, 9))) for _ in range(3000)]
     index = Index(folder / "pictures", folder / "pictures.db")
     began = time.perf_counter()
-    for first in range(0, 100_000, 500):
-        with index.database.write() as write:
-            put(write, [_row(n, chance, words) for n in range(first, first + 500)])
+    words = fill(index, 100_000)
     filled = time.perf_counter() - began
     searches: dict[str, dict[str, Any]] = {
         "newest": {},
@@ -321,7 +316,7 @@ def gallery_of_100000(_: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
     def search(options: dict[str, Any]) -> Callable[[], object]:
-        return lambda: index.search(**options)
+        return lambda: index.search(Filter(**options))
 
     slowest = {
         name: 1e3 * max(_timed(search(options)) for _ in range(20))
@@ -330,6 +325,20 @@ def gallery_of_100000(_: argparse.Namespace, folder: Path) -> dict[str, Any]:
     index.close()
     opened = _timed(lambda: Index(folder / "pictures", folder / "pictures.db").close())
     return {"filled_seconds": filled, "opened_seconds": opened, "slowest_search_ms": slowest}
+
+
+def fill(
+    index: Index, count: int, more: Callable[[int], dict[str, Any]] = lambda _: {}
+) -> list[str]:
+    """Rows of `count` invented pictures, 300 a day, with what `more` says of each. Returns the
+    words that their prompts are made of: all have "picture", each word is in about 1 of 120."""
+    chance = random.Random(1)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["".join(chance.choices(letters, k=chance.randint(3, 9))) for _ in range(3000)]
+    for first in range(0, count, 500):
+        with index.database.write() as write:
+            put(write, [_row(n, chance, words) | more(n) for n in range(first, first + 500)])
+    return words
 
 
 def _row(number: int, chance: random.Random, words: list[str]) -> dict[str, Any]:
@@ -505,14 +514,14 @@ def _origin(name: str, options: argparse.Namespace, busy: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=list(PARTS))
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []])
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--faults", type=int, default=20, help="of each kind")
     parser.add_argument("--examples", type=int, default=50, help="of Schemathesis, a route")
     parser.add_argument("--write", action="store_true", help="the tables into docs/benchmarks.md")
     options = parser.parse_args()
     print(json.dumps({"machine": f"{cpu_name()}, {cores()} cores, {sys.platform}"}))
-    for name in options.parts:
+    for name in options.parts or PARTS:
         busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
         with tempfile.TemporaryDirectory() as folder:
             found = PARTS[name](options, Path(folder))

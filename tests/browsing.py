@@ -15,6 +15,15 @@ OPENS = 60_000  # milliseconds that Gradio may take to be there
 SOON = 15_000
 PHONE = {"width": 390, "height": 844}
 DESKTOP = {"width": 1280, "height": 900}
+CHROMIUM = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
 # Said by Chromium itself when a page that loads is left
 HARMLESS = re.compile(r"net::ERR_ABORTED")
 
@@ -40,7 +49,7 @@ class Visit:
         field.press("Enter")
 
     def field(self, label: str) -> Locator:
-        return self.page.get_by_label(label, exact=True).first
+        return self.page.get_by_label(label, exact=True).filter(visible=True).first
 
     def write(self, label: str, text: str) -> None:
         self.field(label).fill(text)

@@ -115,6 +115,7 @@ def process(
     another one that serves; `under`: a command that starts it."""
     environ = os.environ | {"QIT_HOME": str(folder), "QIT_OUTPUT": str(folder / "output")}
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    environ["XDG_DATA_HOME"] = str(folder / "share")  # a trash of its own
     environ |= {"QIT_TOKEN": TOKEN, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     code = "from qwen_image_tool.cli import main; main()"
     if fake:

@@ -175,6 +175,9 @@ def test_the_gallery(live: Live) -> None:
     assert live.http.get("/api/gallery/models").json()["practice"] >= 1
     assert live.http.post("/api/gallery/delete", json={"ids": [name]}).json()["deleted"] == [name]
     assert live.http.get(f"/api/gallery/{name}").status_code == 404
+    assert live.http.post("/api/gallery/undo").json()["restored"] == [name]
+    assert live.http.get(f"/api/gallery/{name}").json()["picture"]["id"] == name
+    assert live.http.get("/api/gallery", params={"shape": "odd"}).status_code == 422
     assert (live.service.index.folder.parent / "trash" / picture["file"]).exists()
 
 

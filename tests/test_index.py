@@ -14,13 +14,28 @@ from PIL.PngImagePlugin import PngInfo
 from fake_worker import plan_for
 from qwen_image_tool import gallery
 from qwen_image_tool.errors import BadRequest, NotOurPicture, ToolError, Unknown
-from qwen_image_tool.gallery.index import Index, Picture, picture_id, to_trash
+from qwen_image_tool.gallery.index import (
+    UNDO_FOLDER,
+    UNDO_SECONDS,
+    Filter,
+    Index,
+    Picture,
+    picture_id,
+    to_trash,
+)
 from qwen_image_tool.types import Request, Size
 
 
-def save(folder: Path, prompt: str, seed: int = 1, model: str = "practice", job: str = "") -> Path:
-    request = Request(model=model, prompt=prompt, size=Size(8, 8), steps=2, seed=seed)
-    image = Image.new("RGB", (8, 8), "red")
+def save(
+    folder: Path,
+    prompt: str,
+    seed: int = 1,
+    model: str = "practice",
+    job: str = "",
+    size: Size = Size(8, 8),  # noqa: B008
+) -> Path:
+    request = Request(model=model, prompt=prompt, size=size, steps=2, seed=seed)
+    image = Image.new("RGB", (size.width, size.height), "red")
     return gallery.save_image(image, folder, request, plan_for(request), {}, "Model", job)
 
 
@@ -30,6 +45,7 @@ class Trash:
         folder.mkdir()
 
     def __call__(self, path: Path) -> None:
+        (self.folder / path.name).unlink(missing_ok=True)  # one file's two names can't be renamed
         shutil.move(path, self.folder / path.name)
 
 
@@ -41,7 +57,7 @@ def index(tmp_path: Path) -> Iterator[Index]:
 
 
 def prompts(index: Index, text: str = "", **more: object) -> list[str]:
-    found = index.search(text, **more)  # type: ignore[arg-type]
+    found = index.search(Filter(text=text, **more))
     return [picture.prompt for picture in found.pictures]
 
 
@@ -72,11 +88,13 @@ def test_words_are_found_in_every_language(index: Index) -> None:
     assert prompts(index, "red a") == ["a red fox"]
     assert prompts(index, '"off",') == ['50% "off", it\'s a fox-trot']
     assert prompts(index, "50%") == ['50% "off", it\'s a fox-trot']
+    assert prompts(index, "0%") == ['50% "off", it\'s a fox-trot']
+    assert prompts(index, "_x") == prompts(index, "\\") == []
     for odd in ('"', "*", "NEAR(", "a AND", "prompt:fox", "-", "''", "%", "_"):
-        index.search(odd)
+        index.search(Filter(text=odd))
     for odd in ("\0", "a\0b", "fox\0 snow"):
         with pytest.raises(BadRequest, match="NUL"):
-            index.search(odd)
+            index.search(Filter(text=odd))
     assert prompts(index, "unicorn") == []
 
 
@@ -92,6 +110,59 @@ def test_filters(index: Index) -> None:
     assert not index.star(first.id, False).star
 
 
+def test_what_is_found_can_be_counted_and_stepped_through(index: Index) -> None:
+    sizes = {"wide": Size(9, 8), "tall": Size(8, 9), "square": Size(8, 8)}
+    for number, (shape, size) in enumerate(sizes.items()):
+        path = save(index.folder, f"a {shape} fox", seed=number, size=size)
+        path.rename(index.folder / f"2026{number + 1:02}05-000000-seed{number}.png")
+    index.sync()
+    for wanted in (Filter(), Filter(text="fox"), Filter(text="fo"), Filter(model="practice")):
+        found = index.search(wanted).pictures
+        assert index.count(wanted) == len(found) == 3
+        assert index.search(wanted, 1, start=1).pictures == found[1:2]
+        assert index.beside(found[1].id, wanted) == (found[0], found[2])
+        assert index.beside(found[0].id, wanted) == (None, found[1])
+    assert prompts(index, shape="wide") == ["a wide fox"]
+    assert prompts(index, shape="tall") == ["a tall fox"]
+    assert index.beside(found[1].id, Filter(shape="square")) == (found[0], None)
+    assert index.months() == {"2026-03": 1, "2026-02": 1, "2026-01": 1}
+
+
+def test_relatives_have_the_prompt_or_the_seed(index: Index) -> None:
+    fox, other_seed, other_prompt, *_ = [
+        index.add(save(index.folder, prompt, seed, model))
+        for prompt, seed, model in (
+            ("fox", 1, "practice"),
+            ("fox", 2, "practice"),
+            ("cat", 1, "practice"),
+            ("cat", 2, "practice"),
+            ("fox", 1, "qwen-image"),
+        )
+    ]
+    found = {picture.id for picture in index.relatives(fox.id)}
+    assert found == {fox.id, other_seed.id, other_prompt.id}
+
+
+def test_the_version_tells_of_every_change(index: Index) -> None:
+    seen = [index.version]
+
+    def changed() -> bool:
+        seen.append(index.version)
+        return seen[-1] > seen[-2]
+
+    picture = index.add(save(index.folder, "fox"))
+    assert changed()
+    index.star(picture.id, True)
+    assert changed()
+    index.sync()
+    index.search()
+    assert not changed()
+    index.delete([picture.id])
+    assert changed()
+    index.undo()
+    assert changed()
+
+
 def test_pages_have_every_picture_once(index: Index) -> None:
     index.folder.mkdir()
     for number in range(7):
@@ -101,7 +172,7 @@ def test_pages_have_every_picture_once(index: Index) -> None:
     seen: list[Picture] = []
     after = None
     while True:
-        page = index.search("number", limit=2, after=after)
+        page = index.search(Filter(text="number"), limit=2, after=after)
         seen += page.pictures
         if (after := page.next) is None:
             break
@@ -161,7 +232,7 @@ def test_strangers_and_rubbish(index: Index) -> None:
     (index.folder / "notes.txt").write_text("no picture")
     (index.folder / ".hidden.png.part").write_bytes(b"half")
     assert index.sync().added == 2
-    [cat] = index.search("cat").pictures
+    [cat] = index.search(Filter(text="cat")).pictures
     assert (cat.model, cat.seed, cat.size) == ("x", 9, Size(9, 7))
     with pytest.raises(NotOurPicture):
         index.add(index.folder / "broken.png")
@@ -203,6 +274,49 @@ def test_delete_goes_to_the_trash(index: Index, tmp_path: Path) -> None:
         index.delete([first.id])
 
 
+def test_a_deletion_can_be_undone(index: Index, tmp_path: Path) -> None:
+    one, two, three = (index.add(save(index.folder, "fox", seed=n)) for n in (1, 2, 3))
+    index.star(one.id, True)
+    before = index.search(Filter(text="fox")).pictures
+    index.delete([one.id, two.id])
+    assert {picture.id for picture in index.deleted} == {one.id, two.id}
+    assert {path.name for path in (tmp_path / "trash").iterdir()} == {one.file, two.file}
+    assert index.sync().added == 0, "what is kept for undo is no picture of the gallery"
+    assert sorted(index.undo()) == sorted([one.id, two.id])
+    after = index.search(Filter(text="fox")).pictures
+    assert sorted(after, key=lambda p: p.id) == sorted(before, key=lambda p: p.id)
+    assert index.undo() == [] == list(index.deleted)
+    index.delete([three.id])
+    index.delete([two.id])
+    assert index.undo() == [two.id], "only the last deletion"
+
+
+def test_undo_does_not_replace_a_file_and_ends_with_the_service(index: Index) -> None:
+    picture = index.add(save(index.folder, "fox"))
+    index.delete([picture.id])
+    (index.folder / picture.file).write_bytes(b"another")
+    with pytest.raises(ToolError, match="Restore it from the trash"):
+        index.undo()
+    assert (index.folder / picture.file).read_bytes() == b"another"
+    other = index.add(save(index.folder, "cat"))
+    index.delete([other.id])
+    assert list((index.folder / UNDO_FOLDER).iterdir())
+    index._deleted_at -= UNDO_SECONDS + 1
+    assert index.deleted == ()
+    assert not (index.folder / UNDO_FOLDER).exists()
+
+
+def test_undo_where_the_disk_has_no_links(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    picture = index.add(save(index.folder, "fox"))
+    index.delete([picture.id])
+    assert index.undo() == [picture.id]
+    assert index.get(picture.id) == picture
+
+
 def test_where_the_trash_refuses_nothing_is_lost(index: Index) -> None:
     def refuse(path: Path) -> None:
         raise ToolError("No trash here.", "Delete it by hand.")
@@ -212,6 +326,7 @@ def test_where_the_trash_refuses_nothing_is_lost(index: Index) -> None:
     with pytest.raises(ToolError):
         index.delete([picture.id])
     assert index.path(picture.id).exists()
+    assert index.deleted == ()
 
 
 def test_the_system_trash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,6 +364,6 @@ def test_no_search_sorts_what_it_found(index: Index, filters: dict[str, str]) ->
         return list(read(sql, values))
 
     index.database.read = spied  # type: ignore[assignment, method-assign]
-    index.search(**filters)  # type: ignore[arg-type]
+    index.search(Filter(**filters))
     assert plans
     assert not [plan for plan in plans if "TEMP B-TREE" in plan]

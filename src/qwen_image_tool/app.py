@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qwen_image_tool import __version__, device, doctor, gallery, planner, store
 from qwen_image_tool.catalog import Model, load_catalog
 from qwen_image_tool.errors import BadRequest, CannotRun, ToolError
+from qwen_image_tool.gallery.infotext import recalled
 from qwen_image_tool.rates import RateBook
 from qwen_image_tool.settings import Settings
 from qwen_image_tool.store.library import Library
@@ -315,6 +316,18 @@ class App:
             if rates.matmul:
                 self.rates.put(found, rates)
         return found.with_rates(rates)
+
+    def fields_of(self, info: gallery.ImageInfo) -> dict[str, Any]:
+        """Fields of a new request like the picture's, as JSON; of another program's picture those
+        that its text tells of. Its model is there only where the catalogue knows it."""
+        if info.request:
+            return info.request.model_dump(mode="json")
+        fields = recalled(info.parameters)
+        name = fields.pop("model", "")
+        known = (model.id for model in self.catalog.models if name in (model.id, model.name))
+        if model := next(known, None):
+            fields["model"] = model
+        return {name: str(v) if name == "size" else v for name, v in fields.items()}
 
     def clear_cache(self) -> None:
         """Forget what can be made again: embeddings of known prompts, modulation of schedules, what

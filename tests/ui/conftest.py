@@ -7,19 +7,9 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, expect, sync_playwright
 
-from browsing import SOON, Site
+from browsing import CHROMIUM, SOON, Site
 from dev import find_browser
 from running import process
-
-ARGUMENTS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +18,7 @@ def browser() -> Iterator[Browser]:
     assert found, "no Chromium: `./qit test` says how to install it"
     expect.set_options(timeout=SOON)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=list(ARGUMENTS))
+        browser = playwright.chromium.launch(executable_path=found, args=list(CHROMIUM))
         yield browser
         browser.close()
 

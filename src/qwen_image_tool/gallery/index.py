@@ -9,12 +9,14 @@ import hashlib
 import logging
 import os
 import re
+import shutil
 import sqlite3
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -30,8 +32,20 @@ LEFTOVER_SECONDS = 3600.0  # a temporary file of this age has no writer any more
 _STAMP = re.compile(r"(\d{4})(\d{2})(\d{2})-(\d{2})(\d{2})(\d{2})\b")
 _SEED = re.compile(r"-seed(\d{1,19})(?:-\d+)?\.png$")
 SAME_SECOND = 10_000  # pictures that can be told apart
+UNDO_SECONDS = 600.0  # in which a deletion can be undone
+UNDO_FOLDER = ".undo"
+RELATIVES = 500  # of a picture, at most
+Shape = Literal["", "square", "wide", "tall"]
+_SHAPES: dict[Shape, str] = {
+    "square": "pictures.width = pictures.height",
+    "wide": "pictures.width > pictures.height",
+    "tall": "pictures.width < pictures.height",
+}
 _NAMES = "number id file bytes taken width height model seed job prompt negative star"
 _COLUMNS = ", ".join(f"pictures.{name}" for name in _NAMES.split())
+_HOLDS = " OR ".join(
+    f"pictures.{name} LIKE ? ESCAPE '\\'" for name in ("prompt", "negative", "model")
+)
 _log = logging.getLogger(__name__)
 
 
@@ -58,6 +72,21 @@ class Page(Value):
     next: str | None = None
 
 
+class Filter(Value):
+    """Which pictures: those whose prompt, negative prompt or model hold every word of `text` (parts
+    of words count), made by `model`, of a `shape`, between the ISO times `since` and `until`."""
+
+    text: str = ""
+    model: str = ""
+    starred: bool = False
+    shape: Shape = ""
+    since: str = ""
+    until: str = ""
+
+
+EVERYTHING = Filter()
+
+
 class Changes(Value):
     """What a look at the files brought."""
 
@@ -67,7 +96,8 @@ class Changes(Value):
 
 
 class Index:
-    """The pictures below `folder`. `trash` takes a path to the system's waste basket."""
+    """The pictures below `folder`. `trash` takes a path to the system's waste basket. `version`
+    counts what was changed since the start: where it is the same, so is every answer."""
 
     def __init__(
         self, folder: Path, database: Path, trash: Callable[[Path], None] | None = None
@@ -75,12 +105,13 @@ class Index:
         self.folder = folder
         self.database = Database(database, migrations("pictures"), durable=False)
         self._trash = trash or to_trash
-        if (
-            self.database.rescued
-        ):  # a row may have come back with other content: read its file again
+        self.version = 0
+        if self.database.rescued:  # a row may have come back with other content: read its file
             with self.database.write() as write:
                 write.execute("UPDATE pictures SET changed = 0")
         self._late: dict[str, dict[str, Any]] = {}  # rows by id that the database did not take yet
+        self._deleted: list[tuple[Picture, Path]] = []  # the last deletion: with the files kept
+        self._deleted_at = 0.0
 
     def add(self, path: Path) -> Picture:
         """Take up a picture file that was just saved, also where the database can't be written
@@ -122,44 +153,63 @@ class Index:
             if told:
                 told(start, len(new))
             batch = [row for file in new[start : start + BATCH] for row in self._read(file)]
-            with self.database.write() as write:
+            with self._write() as write:
                 put(write, batch)
             added += sum(row["file"] not in known for row in batch)
         return Changes(added=added, changed=len(new) - added, gone=len(gone))
 
     def search(
         self,
-        text: str = "",
-        model: str = "",
-        starred: bool = False,
-        since: str = "",
-        until: str = "",
+        wanted: Filter = EVERYTHING,
         limit: int = 60,
         after: str | None = None,
+        start: int = 0,
     ) -> Page:
-        """Pictures whose prompt, negative prompt or model hold every word of `text` (parts of words
-        count), the newest first. `since`, `until`: ISO times. `after`: the last page's `next`.
-        Raises BadRequest where a value can't be searched for."""
-        tables, conditions, values = _query(text, model, starred)
-        for bound, moment in ((">=", since), ("<", until)):
-            if moment:
-                conditions.append(f"pictures.number {bound} ?")
-                values.append(_first_number(moment))
+        """The newest first, without the first `start`. `after`: the last page's `next`. Raises
+        BadRequest where a value can't be searched for."""
+        found = _query(wanted)
         if after:
-            conditions.append("pictures.number < ?")
-            values.append(_cursor(after))
-        where = f"WHERE {' AND '.join(conditions)}" if conditions else ""
-        order = "words.rowid" if "words" in tables else "pictures.number"
-        rows = self.database.read(
-            f"SELECT {_COLUMNS} FROM {tables} {where} ORDER BY {order} DESC LIMIT ?",  # noqa: S608
-            (*values, limit + 1),
-        )
+            found = found.but("pictures.number < ?", _cursor(after))
+        rows = self._rows(found, limit + 1, start)
         last = str(rows[limit - 1]["number"]) if len(rows) > limit else None
         return Page(pictures=tuple(_picture(row) for row in rows[:limit]), next=last)
 
-    def count(self) -> int:
-        [[count]] = self.database.read("SELECT count(*) FROM pictures")
+    def count(self, wanted: Filter = EVERYTHING) -> int:
+        """How many there are. Raises BadRequest."""
+        found = _query(wanted).counted
+        [[count]] = self.database.read(f"SELECT count(*) {found.sql}", found.values)
         return int(count)
+
+    def beside(self, picture: str, wanted: Filter) -> tuple[Picture | None, Picture | None]:
+        """The next newer and the next older one among those that are wanted. Raises Unknown."""
+        number, found = self._number(picture), _query(wanted)
+        newer = self._rows(found.but("pictures.number > ?", number), 1, order="ASC")
+        older = self._rows(found.but("pictures.number < ?", number), 1)
+        return (
+            _picture(newer[0]) if newer else None,
+            _picture(older[0]) if older else None,
+        )
+
+    def relatives(self, picture: str) -> list[Picture]:
+        """The newest pictures of the same model with its prompt or its seed, itself among them.
+        Raises Unknown."""
+        one = self.get(picture)
+        found = _query(Filter(model=one.model)).but(
+            "(pictures.prompt = ? OR pictures.seed = ?)", one.prompt, one.seed
+        )
+        others = [_picture(row) for row in self._rows(found, RELATIVES)]
+        return others if one in others else [one, *others]
+
+    def months(self) -> dict[str, int]:
+        """How many pictures each month has, as "2026-11", the newest first."""
+        month = SAME_SECOND * 10**8  # a number's digits below the month
+        rows = self.database.read(
+            f"SELECT number / {month} AS month, count(*) AS pictures FROM pictures"  # noqa: S608
+            " GROUP BY month ORDER BY month DESC"
+        )
+        return {
+            f"{row['month'] // 100:04}-{row['month'] % 100:02}": row["pictures"] for row in rows
+        }
 
     def models(self) -> dict[str, int]:
         """How many pictures each model made."""
@@ -180,10 +230,7 @@ class Index:
 
     def get(self, picture: str) -> Picture:
         """Raises Unknown."""
-        rows = self.database.read(
-            f"SELECT {_COLUMNS} FROM pictures WHERE id = ?",  # noqa: S608
-            (picture,),
-        )
+        rows = self._rows(_Query("pictures", ("pictures.id = ?",), (picture,)), 1)
         if not rows and (late := self._late.get(picture)):
             return _picture(late | {"star": 0})
         if not rows:
@@ -205,32 +252,105 @@ class Index:
         return read_image_info(self.path(picture))
 
     def star(self, picture: str, star: bool) -> Picture:
-        with self.database.write() as write:
+        with self._write() as write:
             write.execute("UPDATE pictures SET star = ? WHERE id = ?", (star, picture))
         return self.get(picture)
 
     def delete(self, pictures: Iterable[str]) -> list[str]:
         """Put pictures into the system's trash; returns the ids that are gone. Raises Unknown, or
         ToolError where the trash does not take one: that one stays."""
+        self.forget_deleted()
         done = []
         for picture in pictures:
             found = self.get(picture)
             path = self.folder / found.file
             if path.exists():
-                self._trash(path)
+                kept = self._kept(found, path)
+                try:
+                    self._trash(path)
+                except BaseException:
+                    kept.unlink()
+                    raise
+                self._deleted.append((found, kept))
+                self._deleted_at = time.monotonic()
             self._forget([found.file])
             done.append(picture)
         return done
 
+    @property
+    def deleted(self) -> tuple[Picture, ...]:
+        """What `undo` would bring back."""
+        if self._deleted and time.monotonic() - self._deleted_at > UNDO_SECONDS:
+            self.forget_deleted()
+        return tuple(picture for picture, _ in self._deleted)
+
+    def undo(self) -> list[str]:
+        """Bring back what was deleted last, with its stars; the trash keeps its copies. Raises
+        ToolError where a file can't be put back: it is in the trash."""
+        back = []
+        while self._deleted:
+            picture, kept = self._deleted.pop()
+            path = self.folder / picture.file
+            try:
+                if path.exists():
+                    raise FileExistsError("another file has its name")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                kept.rename(path)
+            except OSError as error:
+                raise ToolError(
+                    f"{picture.file} can't be put back: {error}.", "Restore it from the trash."
+                ) from error
+            self.add(path)
+            self.star(picture.id, picture.star)
+            back.append(picture.id)
+        return back
+
+    def forget_deleted(self) -> None:
+        """What was deleted is in the trash alone from now on."""
+        self._deleted.clear()
+        shutil.rmtree(self.folder / UNDO_FOLDER, ignore_errors=True)
+        self.version += 1
+
     def clean(self) -> None:
-        """Remove temporary files whose writer died."""
+        """Remove temporary files whose writer died, and what can't be undone any more."""
+        self.forget_deleted()
         for path in self.folder.glob(".*.part"):
             with contextlib.suppress(OSError):
                 if time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
                     path.unlink()
 
     def close(self) -> None:
+        self.forget_deleted()
         self.database.close()
+
+    def _rows(
+        self, found: "_Query", limit: int, start: int = 0, order: Literal["ASC", "DESC"] = "DESC"
+    ) -> list[sqlite3.Row]:
+        return self.database.read(
+            f"SELECT {_COLUMNS} {found.sql} ORDER BY {found.number} {order} LIMIT ? OFFSET ?",
+            (*found.values, limit, start),
+        )
+
+    def _number(self, picture: str) -> int:
+        rows = self.database.read("SELECT number FROM pictures WHERE id = ?", (picture,))
+        return int(rows[0]["number"]) if rows else _first_number(self.get(picture).taken)
+
+    @contextlib.contextmanager
+    def _write(self) -> Iterator[sqlite3.Connection]:
+        with self.database.write() as write:
+            yield write
+        self.version += 1
+
+    def _kept(self, picture: Picture, path: Path) -> Path:
+        """The file a second time, where `_files` does not look: a link where the disk has links."""
+        kept = self.folder / UNDO_FOLDER / f"{picture.id}{path.suffix}"
+        kept.parent.mkdir(exist_ok=True)
+        kept.unlink(missing_ok=True)
+        try:
+            os.link(path, kept)
+        except OSError:
+            shutil.copy2(path, kept)
+        return kept
 
     def _files(self) -> Iterator[tuple[str, os.stat_result]]:
         folders = [self.folder]
@@ -257,7 +377,7 @@ class Index:
         if not late:
             return
         try:
-            with self.database.write() as write:
+            with self._write() as write:
                 put(write, list(late.values()))
         except ToolError as error:
             _log.warning("%d pictures are not in the index yet: %s", len(late), error)
@@ -273,7 +393,7 @@ class Index:
         for file in gone:
             self._late.pop(picture_id(file), None)
         if gone:
-            with self.database.write() as write:
+            with self._write() as write:
                 write.executemany("DELETE FROM pictures WHERE file = ?", [(file,) for file in gone])
 
 
@@ -348,28 +468,61 @@ def put(write: sqlite3.Connection, rows: Sequence[dict[str, Any]]) -> None:
         )
 
 
-def _query(text: str, model: str, starred: bool) -> tuple[str, list[str], list[Any]]:
-    """Tables, conditions and their values."""
-    conditions: list[str] = []
-    values: list[Any] = []
-    if "\0" in text:
+@dataclass(frozen=True)
+class _Query:
+    """What stands behind a SELECT: tables, conditions, and their values."""
+
+    tables: str
+    conditions: tuple[str, ...] = ()
+    values: tuple[Any, ...] = ()
+
+    def but(self, condition: str, *values: Any) -> "_Query":
+        """With one condition more."""
+        return replace(
+            self, conditions=(*self.conditions, condition), values=(*self.values, *values)
+        )
+
+    @property
+    def sql(self) -> str:
+        where = f"WHERE {' AND '.join(self.conditions)}" if self.conditions else ""
+        return f"FROM {self.tables} {where}"
+
+    @property
+    def counted(self) -> "_Query":
+        """The same for counting: words alone need no look at the pictures."""
+        alone = self.conditions == ("words MATCH ?",)
+        return replace(self, tables="words") if alone else self
+
+    @property
+    def number(self) -> str:
+        """The column that yields the newest first without sorting."""
+        return "words.rowid" if "words" in self.tables else "pictures.number"
+
+
+def _query(wanted: Filter) -> _Query:
+    if "\0" in wanted.text:
         raise BadRequest("No picture's words hold the character NUL.", "Search without it.")
-    words = text.split()
+    found = _Query("pictures")
+    words = wanted.text.split()
     long = [word for word in words if len(word) >= 3]  # the index is of three letters each
     if long:
-        conditions.append("words MATCH ?")
-        values.append(" ".join('"' + word.replace('"', '""') + '"' for word in long))
+        found = _Query("words JOIN pictures ON pictures.number = words.rowid").but(
+            "words MATCH ?", " ".join('"' + word.replace('"', '""') + '"' for word in long)
+        )
     for word in (word for word in words if len(word) < 3):
-        said = "pictures.prompt || ' ' || pictures.negative || ' ' || pictures.model"
-        conditions.append(f"instr(lower({said}), ?)")
-        values.append(word.lower())
-    if model:
-        conditions.append("pictures.model = ?")
-        values.append(model)
-    if starred:
-        conditions.append("pictures.star = 1")
-    joined = "words JOIN pictures ON pictures.number = words.rowid" if long else "pictures"
-    return joined, conditions, values
+        part = "%" + re.sub(r"[%_\\]", r"\\\g<0>", word) + "%"
+        found = found.but(f"({_HOLDS})", part, part, part)
+    if wanted.model:
+        found = found.but("pictures.model = ?", wanted.model)
+    if wanted.starred:
+        found = found.but("pictures.star = 1")
+    if wanted.shape:
+        found = found.but(_SHAPES[wanted.shape])
+    if wanted.since:
+        found = found.but("pictures.number >= ?", _first_number(wanted.since))
+    if wanted.until:
+        found = found.but("pictures.number < ?", _first_number(wanted.until))
+    return found
 
 
 def _first_number(moment: str) -> int:

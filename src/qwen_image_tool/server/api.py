@@ -22,8 +22,7 @@ from qwen_image_tool.gallery.export import (
     export,
     thumbnail,
 )
-from qwen_image_tool.gallery.index import Changes, Page, Picture
-from qwen_image_tool.gallery.infotext import recalled
+from qwen_image_tool.gallery.index import Changes, Filter, Page, Picture, Shape
 from qwen_image_tool.jobs import STATES, Job, State
 from qwen_image_tool.progress import Progress
 from qwen_image_tool.server.hub import Hub
@@ -301,13 +300,15 @@ def search(
     text: Annotated[str, Query(max_length=1000)] = "",
     model: Annotated[str, Query(max_length=200)] = "",
     starred: bool = False,
+    shape: Shape = "",
     since: Annotated[str, Query(max_length=40)] = "",
     until: Annotated[str, Query(max_length=40)] = "",
     limit: Annotated[int, Query(ge=1, le=500)] = 60,
     after: Annotated[str | None, Query(max_length=40)] = None,
 ) -> Page:
     """Pictures with all these words, the newest first."""
-    return service.index.search(text, model, starred, since, until, limit, after)
+    wanted = Filter(text=text, model=model, starred=starred, shape=shape, since=since, until=until)
+    return service.index.search(wanted, limit, after)
 
 
 @api.get("/gallery/models", tags=["gallery"])
@@ -326,6 +327,12 @@ def sync(service: Here) -> Changes:
 def delete(ids: Ids, service: Here) -> dict[Literal["deleted"], list[str]]:
     """Put pictures into the system's trash."""
     return {"deleted": service.index.delete(ids.ids)}
+
+
+@api.post("/gallery/undo", tags=["gallery"])
+def undo(service: Here) -> dict[Literal["restored"], list[str]]:
+    """Bring back what was deleted last, within ten minutes."""
+    return {"restored": service.index.undo()}
 
 
 @api.post("/gallery/inspect", tags=["gallery"])
@@ -423,16 +430,7 @@ def view(service: Service, job: Job) -> JobView:
 
 def described(service: Service, info: gallery.ImageInfo) -> PictureInfo:
     """Its settings, with the model only where the catalogue knows it by its id or name."""
-    if info.request:
-        return PictureInfo(info=info, request=info.request.model_dump(mode="json"))
-    fields = recalled(info.parameters)
-    name = fields.pop("model", "")
-    known = (m.id for m in service.app.catalog.models if name in (m.id, m.name))
-    if model := next(known, None):
-        fields["model"] = model
-    return PictureInfo(
-        info=info, request={k: str(v) if k == "size" else v for k, v in fields.items()}
-    )
+    return PictureInfo(info=info, request=service.app.fields_of(info))
 
 
 def by_id(service: Service, request: Request) -> Request:

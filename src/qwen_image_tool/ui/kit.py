@@ -82,7 +82,8 @@ class Kit:
         def answer(event: gr.EventData, *values: Any) -> Any:
             return self._said_or_done(do, (dict(event._data), *values), len(outputs))
 
-        return self._listen(shown.click, answer, inputs, outputs, {})
+        every = {"trigger_mode": "multiple"}  # also a press while another one is answered
+        return self._listen(shown.click, answer, inputs, outputs, every)
 
     def _listen(
         self,
@@ -111,9 +112,11 @@ class Kit:
         said = toast(self.t, failure)
         return (*(gr.skip() for _ in range(outputs)), said) if outputs else said
 
-    def html(self, value: str = "", **options: Any) -> gr.HTML:
-        """HTML whose buttons with data-do are heard by `on_act`."""
-        return gr.HTML(value, js_on_load=_ACTIONS, apply_default_css=False, **options)
+    def html(self, value: str = "", script: str = "", **options: Any) -> gr.HTML:
+        """HTML whose buttons with data-do are heard by `on_act`; `script` is JavaScript of its
+        own, which has `element`, `trigger`, `server` and `watch` as Gradio's HTML gives them."""
+        code = f"{_ACTIONS}{script}"
+        return gr.HTML(value, js_on_load=code, apply_default_css=False, **options)
 
     def ask(self, tab: Tab, **what: Any) -> tuple[Any, Any]:
         """For the outputs `[kit.tabs, kit.wanted]`: go to a tab, which hears `what`."""

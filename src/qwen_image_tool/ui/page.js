@@ -55,6 +55,32 @@
     if (event.target.closest('button')) document.querySelector('.qit-toast')?.remove();
   }, true);
 
+  // A picture that is dropped anywhere is read; one that is dragged out of the page is not.
+  const drop = document.createElement('div');
+  drop.className = 'qit-drop';
+  drop.textContent = said.drop;
+  let own = false;
+  const carries = event => !own && event.dataTransfer?.types.includes('Files')
+    && !event.target.closest?.('[data-testid=file-upload], .upload-container');
+  addEventListener('dragstart', () => { own = true; });
+  addEventListener('dragend', () => { own = false; });
+  addEventListener('dragover', event => {
+    if (!carries(event)) return;
+    event.preventDefault();
+    document.body.append(drop);
+  });
+  addEventListener('dragleave', event => { if (!event.relatedTarget) drop.remove(); });
+  addEventListener('drop', event => {
+    drop.remove();
+    const input = document.querySelector('#qit-top input[type=file]');
+    if (!carries(event) || !input || !event.dataTransfer.files.length) return;
+    event.preventDefault();
+    const one = new DataTransfer();
+    one.items.add(event.dataTransfer.files[0]);
+    input.files = one.files;
+    input.dispatchEvent(new Event('change', {bubbles: true}));
+  });
+
   // A server that is gone is said once, and the page comes back with it.
   const banner = document.createElement('div');
   banner.className = 'qit-gone';

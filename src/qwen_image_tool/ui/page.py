@@ -11,7 +11,7 @@ from fastapi import FastAPI
 
 from qwen_image_tool import __version__
 from qwen_image_tool.service import Service
-from qwen_image_tool.ui import create, queue
+from qwen_image_tool.ui import album, create, queue
 from qwen_image_tool.ui.kit import Kit
 from qwen_image_tool.ui.start import logo
 from qwen_image_tool.ui.theme import palette_css, theme
@@ -51,7 +51,9 @@ def blocks(service: Service, t: Words) -> gr.Blocks:
     """All tabs. A tab is a module whose `build` is called inside of it."""
     made: gr.Blocks
     with gr.Blocks(title="QwenImageTool", analytics_enabled=False, fill_width=True) as made:
-        gr.HTML(_header(), elem_id="qit-header", apply_default_css=False)
+        with gr.Row(elem_id="qit-top"):
+            gr.HTML(_header(), elem_id="qit-header", apply_default_css=False)
+            file = album.file_button(t)
         clock, wanted = gr.Timer(TICK), gr.JSON(visible="hidden")
         said = gr.HTML(elem_id="qit-said", apply_default_css=False)
         with gr.Tabs(selected="create", elem_id="qit-tabs") as tabs:
@@ -60,6 +62,9 @@ def blocks(service: Service, t: Words) -> gr.Blocks:
                 create.build(kit)
             with gr.Tab(t("Queue"), id="queue", elem_id="qit-queue"):
                 queue.build(kit)
+            with gr.Tab(t("Gallery"), id="gallery", elem_id="qit-gallery"):
+                album.build(kit)
+        album.listen_for_files(kit, file)
     return made
 
 
@@ -75,6 +80,7 @@ def _head(t: Words, script: str) -> str:
             "QwenImageTool has ended, or can't be reached. Start it again; the queue is kept."
         ),
         "done": t("Your picture is ready."),
+        "drop": t("Drop a picture to read its settings"),
     }
     words = json.dumps(said).replace("<", "\\u003c")
     return f"<script>window.qit = {words};\n{script}</script>"
