@@ -23,6 +23,7 @@ import psutil
 
 from qwen_image_tool import gallery
 from qwen_image_tool.errors import NotOurPicture, NotWritten, ToolError
+from qwen_image_tool.gallery.index import Filter
 from qwen_image_tool.server.gate import Password
 from qwen_image_tool.supervisor import COMMAND
 from running import SMALL, Live, process, server, wait
@@ -289,7 +290,9 @@ def full_queue(folder: Path, count: int) -> Tally:
             disk.free()
             live.wait(job)
             tally.check("done once", done_once(live, job, [5, 6]))
-            tally.check("found", live.service.index.search("slow").pictures[0].job == job)
+            tally.check(
+                "found", live.service.index.search(Filter(text="slow")).pictures[0].job == job
+            )
             accepted = live.http.post("/api/jobs", json=body)
             tally.check("accepted", accepted.status_code == 201, accepted.text[:300])
             live.wait(accepted.json()["job"]["id"])
