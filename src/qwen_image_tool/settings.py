@@ -102,9 +102,7 @@ class Settings(BaseSettings):
     cache: Path = Field(
         default_factory=_cache, title="Cache", description="Folder for what can be made again"
     )
-    logs: Path = Field(
-        default_factory=_logs, title="Logs", description="Folder of the log files"
-    )
+    logs: Path = Field(default_factory=_logs, title="Logs", description="Folder of the log files")
     local_hub: bool = Field(
         default=False, description="For tests: the hub may be plain http on a private address"
     )

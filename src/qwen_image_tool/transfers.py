@@ -111,6 +111,12 @@ class Transfers:
                 self._control.cancel()
         return transfer
 
+    def forget(self, model: str) -> None:
+        """What was done for a model that is deleted. Something that runs stays."""
+        with self._lock:
+            if model in self._all and self._all[model].state != "running":
+                del self._all[model]
+
     def close(self) -> None:
         """Pause what runs, and wait for it."""
         with self._lock:

@@ -157,15 +157,19 @@ class Kit:
         return gr.Tabs(selected=tab), {"tab": tab, "at": time.time_ns()} | what
 
     def on_wanted(
-        self, tab: Tab, do: Callable[[dict[str, Any]], Any], outputs: Sequence[Output]
+        self,
+        tab: Tab,
+        do: Callable[..., Any],
+        outputs: Sequence[Output],
+        inputs: Sequence[Output] = (),
     ) -> None:
-        """`do` gets what was asked of this tab."""
+        """`do(wanted, *inputs)` gets what was asked of this tab."""
         skipped = gr.skip() if len(outputs) == 1 else tuple(gr.skip() for _ in outputs)
 
-        def heard(wanted: dict[str, Any] | None) -> Any:
-            return do(wanted) if wanted and wanted["tab"] == tab else skipped
+        def heard(wanted: dict[str, Any] | None, *values: Any) -> Any:
+            return do(wanted, *values) if wanted and wanted["tab"] == tab else skipped
 
-        self.on(self.wanted.change, heard, [self.wanted], outputs)
+        self.on(self.wanted.change, heard, [self.wanted, *inputs], outputs)
 
 
 def _from_here(http: gr.Request, do: Callable[..., Any]) -> Callable[..., Any]:

@@ -4,6 +4,29 @@
   const said = window.qit;
   document.documentElement.lang = said.language;
 
+  // Language and colours are the browser's own choice. "" leaves them to the browser and the system.
+  const cookie = () => document.cookie.match(/qit_language=(\w*)/)?.[1] ?? '';
+  const dark = matchMedia('(prefers-color-scheme: dark)');
+  said.chosen = what => what === 'theme' ? localStorage.getItem('qit_theme') ?? '' : cookie();
+  said.choose = (what, value) => {
+    if (what === 'theme') {
+      localStorage.setItem('qit_theme', value);
+      colour();
+    } else if (value !== cookie()) {
+      document.cookie = `qit_language=${value}; path=/; max-age=31536000; samesite=strict`;
+      location.reload();
+    }
+  };
+  function colour() {
+    const wanted = said.chosen('theme') ? said.chosen('theme') === 'dark' : dark.matches;
+    if (document.body.classList.contains('dark') !== wanted)
+      document.body.classList.toggle('dark', wanted);
+  }
+  addEventListener('DOMContentLoaded', () => {
+    new MutationObserver(colour).observe(document.body, {attributeFilter: ['class']});
+    colour();
+  });
+
   // Ctrl+Enter generates, Esc cancels: from anywhere on the page, but not out of an open list.
   const press = id => {
     const button = document.getElementById(id);

@@ -11,7 +11,7 @@ from fastapi import FastAPI
 
 from qwen_image_tool import __version__
 from qwen_image_tool.service import Service
-from qwen_image_tool.ui import create, queue
+from qwen_image_tool.ui import create, models, queue, settings, system
 from qwen_image_tool.ui.kit import Kit
 from qwen_image_tool.ui.start import logo
 from qwen_image_tool.ui.theme import palette_css, theme
@@ -60,6 +60,12 @@ def blocks(service: Service, t: Words) -> gr.Blocks:
                 create.build(kit)
             with gr.Tab(t("Queue"), id="queue", elem_id="qit-queue"):
                 queue.build(kit)
+            with gr.Tab(t("Models"), id="models", elem_id="qit-models") as tab:
+                models.build(kit, tab)
+            with gr.Tab(t("System"), id="system", elem_id="qit-system") as tab:
+                system.build(kit, tab)
+            with gr.Tab(t("Settings"), id="settings", elem_id="qit-settings-tab") as tab:
+                settings.build(kit, tab)
     return made
 
 
