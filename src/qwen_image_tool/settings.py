@@ -70,10 +70,10 @@ class Settings(BaseSettings):
     )
 
     output: Path = Field(
-        default=Path("output"), title="Pictures", description="Folder that pictures are saved in"
+        default=Path("output"), title="Picture folder", description="Folder that pictures are saved in"
     )
     models: Path = Field(
-        default_factory=_models, title="Models", description="Folder that holds the models"
+        default_factory=_models, title="Model folder", description="Folder that holds the models"
     )
     other_models: str = Field(
         default="",
@@ -96,13 +96,13 @@ class Settings(BaseSettings):
     )
     data: Path = Field(
         default_factory=_data,
-        title="Data",
+        title="Data folder",
         description="Folder of the queue, the gallery's index and the access",
     )
     cache: Path = Field(
-        default_factory=_cache, title="Cache", description="Folder for what can be made again"
+        default_factory=_cache, title="Cache folder", description="Folder for what can be made again"
     )
-    logs: Path = Field(default_factory=_logs, title="Logs", description="Folder of the log files")
+    logs: Path = Field(default_factory=_logs, title="Log folder", description="Folder of the log files")
     local_hub: bool = Field(
         default=False, description="For tests: the hub may be plain http on a private address"
     )

@@ -28,10 +28,11 @@ def shelf_html(t: Words, now: Shelf, asked: Question | None) -> str:
     books = sorted(now.books, key=lambda book: _order(book, best))
     runnable = [book for book in books if not book.model.unsupported]
     later = [book for book in books if book.model.unsupported]
+    disks = "".join(disk_fact(t, disk, now.used) for disk in now.disks)
     waiting = "" if now.knows else _soft(t("Reading what this computer can do …"))
     return "".join(
         [
-            disks_html(t, now.disks, now.used),
+            f'<dl class="qit-gauges">{disks}</dl>',
             waiting,
             *(_card(t, book, now, best, asked) for book in runnable),
             _fold(
@@ -49,12 +50,8 @@ def _order(book: Book, best: str) -> tuple[bool, bool, int]:
     return book.model.id != best, not here, -int(book.model.released.replace("-", ""))
 
 
-def disks_html(t: Words, disks: Sequence[Gauge], used: int) -> str:
-    """Each disk that we keep something on, with what the models take of theirs."""
-    return f'<dl class="qit-gauges">{"".join(_disk(t, disk, used) for disk in disks)}</dl>'
-
-
-def _disk(t: Words, disk: Gauge, used: int) -> str:
+def disk_fact(t: Words, disk: Gauge, used: int) -> str:
+    """A disk that we keep something on, with what the models take of theirs."""
     parts = [
         t(
             "{free} free of {total}",
@@ -79,9 +76,9 @@ def _card(t: Words, book: Book, now: Shelf, best: str, asked: Question | None) -
     return (
         f'<article class="qit-card qit-book {"best" if is_best else ""}"'
         f' data-model="{text(book.model.id)}" aria-labelledby="qit-book-{text(book.model.id)}">'
-        f"{_head(t, book, is_best)}{_why(t, book, now, is_best)}{_needs(t, book)}"
-        f"{_work(t, book)}{_asked(t, book, own)}{_buttons(t, book, is_best, own)}"
-        f"{_more(t, book)}</article>"
+        f"{_head(t, book, is_best)}{_why(t, book, now, is_best)}"
+        f'<div class="qit-beside">{_needs(t, book)}{_buttons(t, book, is_best, own)}</div>'
+        f"{_work(t, book)}{_asked(t, book, own)}{_more(t, book)}</article>"
     )
 
 

@@ -16,14 +16,14 @@ def build(kit: Kit, tab: gr.Tab) -> None:
     shown = kit.html(elem_id="qit-shelf")
     seen, question, strangers = gr.State(), gr.State(), gr.State(())
     with gr.Accordion(t("Use files that other programs have"), open=False, elem_id="qit-strangers"):
-        with gr.Row(equal_height=True):
+        with gr.Row(equal_height=False, elem_classes="qit-beside-field"):
             place = gr.Textbox(
                 label=t("A file or a folder"),
                 placeholder=t("Empty: the folders of ComfyUI and StabilityMatrix"),
                 max_lines=1,
                 scale=4,
             )
-            search = gr.Button(t("Look there"), scale=1, min_width=120)
+            search = gr.Button(t("Look there"), scale=0, min_width=140)
         found = kit.html()
 
     def show(before: Any, asked: Question | None) -> tuple[Any, Any]:

@@ -33,19 +33,20 @@ def build(kit: Kit, tab: gr.Tab) -> None:
             model = gr.Dropdown([], label=t("Model for whoever names none"), min_width=220)
         _title(t("The program"))
         waits = kit.html(elem_id="qit-restart")
-        fields = [_component(t, name, field) for name, field in FIELDS.items()]
+        with gr.Row(elem_classes="qit-pairs"):
+            fields = [_component(t, name, field) for name, field in FIELDS.items()]
         with gr.Row(elem_id="qit-save"):
             save = gr.Button(t("Save"), variant="primary", scale=0, min_width=120)
         _title(t("Other computers"))
         others = kit.html(elem_id="qit-lan")
-        with gr.Row(equal_height=True):
+        with gr.Row(equal_height=False, elem_classes="qit-beside-field"):
             password = gr.Textbox(
                 label=t("New password, {count} characters or more", count=MIN_PASSWORD),
                 type="password",
                 max_lines=1,
                 scale=3,
             )
-            set_password = gr.Button(t("Set the password"), scale=1, min_width=160)
+            set_password = gr.Button(t("Set the password"), scale=0, min_width=180)
         _title(t("Other programs"))
         programs = kit.html(elem_id="qit-programs")
 

@@ -12,7 +12,7 @@ from qwen_image_tool.gauges import Gauge, process_bytes
 from qwen_image_tool.logs import LogEntry
 from qwen_image_tool.server.run import running
 from qwen_image_tool.service import Service
-from qwen_image_tool.ui.cards import disks_html
+from qwen_image_tool.ui.cards import disk_fact
 from qwen_image_tool.ui.kit import (
     Kit,
     button,
@@ -120,9 +120,11 @@ def change(service: Service, act: dict[str, str]) -> None:
 
 
 def live_html(t: Words, now: State) -> str:
-    memory = "".join(_gauge(t, each) for each in now.gauges if each.kind != "disk")
-    disks = disks_html(t, [each for each in now.gauges if each.kind == "disk"], now.used)
-    return f'<dl class="qit-gauges">{memory}</dl>{disks}{_worker(t, now)}'
+    facts = [
+        disk_fact(t, each, now.used) if each.kind == "disk" else _gauge(t, each)
+        for each in now.gauges
+    ]
+    return f'<dl class="qit-gauges">{"".join(facts)}</dl>{_worker(t, now)}'
 
 
 def _gauge(t: Words, one: Gauge) -> str:
