@@ -51,7 +51,7 @@ def visit(site: Site, hub: LocalHub) -> Iterator[Visit]:
     hub.bytes_per_second, hub.faults = 0, []
     with site.visit() as visit:
         visit.go("Models")
-        visit.sees("Practice model")
+        expect(book(visit, "Practice model")).to_be_visible()
         yield visit
 
 
@@ -109,8 +109,9 @@ def damage(home: Path, change: Callable[[bytearray], None]) -> str:
 
 
 def test_what_each_model_needs_here_and_the_best_one(visit: Visit) -> None:
-    visit.sees("Best for this computer", 60)
     best = visit.page.locator(".qit-book.best")
+    expect(best).to_be_visible(timeout=60_000)
+    says(best, "Best for this computer")
     says(best, re.compile(r"Runs on "))
     says(best, "Memory")
     expect(best.get_by_role("button", name="Get: ")).to_be_visible()
@@ -184,7 +185,7 @@ def test_damage_is_found_and_mended(visit: Visit, home: Path) -> None:
 
 
 @pytest.mark.usefixtures("here")
-def test_update_and_clear(visit: Visit, hub: LocalHub) -> None:
+def test_update_and_clear(visit: Visit, hub: LocalHub, site: Site) -> None:
     unfold(book(visit))
     before = hub.commit(REPO)[:12]
     says(book(visit), before)
@@ -197,8 +198,8 @@ def test_update_and_clear(visit: Visit, hub: LocalHub) -> None:
     press(book(visit), "Clear and download again")
     says(book(visit), "Then everything is fetched anew. What was imported stays.")
     press(book(visit).get_by_role("alert"), "Clear and download again")
+    site.wait_for(lambda: [name for name in hub.sent if name.endswith(".safetensors")], bool)
     says(book(visit), "The download is complete.")
-    assert any(name.endswith(".safetensors") for name in hub.sent)
 
 
 @pytest.mark.usefixtures("here")

@@ -71,11 +71,14 @@ def disk_fact(t: Words, disk: Gauge, used: int) -> str:
 
 
 def _card(t: Words, book: Book, now: Shelf, best: str, asked: Question | None) -> str:
-    is_best = book.model.id == best
+    is_best, name = book.model.id == best, text(book.model.id)
     own = asked if asked and asked.model == book.model.id else None
+    wanted = ""
+    if own and own.kind == "get":
+        wanted, own = f' data-wanted="{own.at}" data-key="book-{name}" tabindex="-1"', None
     return (
-        f'<article class="qit-card qit-book {"best" if is_best else ""}"'
-        f' data-model="{text(book.model.id)}" aria-labelledby="qit-book-{text(book.model.id)}">'
+        f'<article class="qit-card qit-book {"best" if is_best else ""}"{wanted}'
+        f' data-model="{name}" aria-labelledby="qit-book-{name}">'
         f"{_head(t, book, is_best)}{_why(t, book, now, is_best)}"
         f'<div class="qit-beside">{_needs(t, book)}{_buttons(t, book, is_best, own)}</div>'
         f"{_work(t, book)}{_asked(t, book, own)}{_more(t, book)}</article>"
@@ -236,7 +239,7 @@ def _is_begun(book: Book) -> bool:
 
 
 def _asked(t: Words, book: Book, asked: Question | None) -> str:
-    if asked is None or asked.kind == "get":
+    if asked is None:
         return ""
     close = _do(t("Close"), "close", book)
     if asked.kind == "licence":

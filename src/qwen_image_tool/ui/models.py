@@ -52,7 +52,7 @@ def build(kit: Kit, tab: gr.Tab) -> None:
     kit.on_act(found, take, [strangers], here_only=True)
 
     def wanted(wanted: dict[str, Any], before: Any) -> tuple[Any, ...]:
-        asked = Question("get", service.app.catalog.find(wanted["model"]).id)
+        asked = Question("get", service.app.catalog.find(wanted["model"]).id, wanted["at"])
         return (*show(before, asked), asked)
 
     kit.on_wanted("models", wanted, [shown, seen, question], [seen])

@@ -52,8 +52,14 @@
   const heard = document.createElement('div');
   heard.className = 'qit-heard';
   heard.setAttribute('aria-live', 'polite');
-  let job = '', state = '';
+  let job = '', state = '', wanted = '';
   function follow() {
+    const asked = document.querySelector('[data-wanted]');  // what another tab leads to
+    if (asked?.offsetParent && asked.dataset.wanted !== wanted) {
+      wanted = asked.dataset.wanted;
+      asked.scrollIntoView({block: 'center'});
+      asked.focus();
+    }
     const stage = document.querySelector('#qit-stage [data-job]');
     if (!stage || (stage.dataset.job === job && stage.dataset.state === state)) return;
     const watched = stage.dataset.job === job && state === 'running';

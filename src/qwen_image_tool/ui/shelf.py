@@ -28,10 +28,12 @@ ACTIONS: dict[str, Action] = {
 @dataclass(frozen=True)
 class Question:
     """What is asked before a button does its work. `text`: a licence's words. `action`: what
-    follows once it is agreed to. `freed`, `kept`: bytes of what is to be deleted."""
+    follows once it is agreed to. `freed`, `kept`: bytes of what is to be deleted. Of the kind
+    "get", another tab asks for the model; `at`: when."""
 
     kind: str
     model: str
+    at: int = 0
     action: str = "get"
     variant: str = ""
     text: str = ""
@@ -137,7 +139,7 @@ def _question(service: Service, act: dict[str, str], model: Model) -> Question:
     if act["do"] == "licence":
         text = library.licence_text(model)
         then, variant = act.get("then", ""), act.get("variant", "")
-        return Question("licence", model.id, then, variant, text)
+        return Question("licence", model.id, action=then, variant=variant, text=text)
     freed, kept = library.frees(model)
     return Question(act["do"].removeprefix("ask-"), model.id, freed=freed, kept=kept)
 
