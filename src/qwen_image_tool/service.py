@@ -183,7 +183,7 @@ class Service:
         settings = self.app.settings
         text = report(
             settings,
-            self.app.examine(),
+            self.app.examine(again=False),
             self.app.seen(),
             self.gauges(),
             self.queue(),

@@ -70,7 +70,9 @@ class Settings(BaseSettings):
     )
 
     output: Path = Field(
-        default=Path("output"), title="Picture folder", description="Folder that pictures are saved in"
+        default=Path("output"),
+        title="Picture folder",
+        description="Folder that pictures are saved in",
     )
     models: Path = Field(
         default_factory=_models, title="Model folder", description="Folder that holds the models"
@@ -100,9 +102,13 @@ class Settings(BaseSettings):
         description="Folder of the queue, the gallery's index and the access",
     )
     cache: Path = Field(
-        default_factory=_cache, title="Cache folder", description="Folder for what can be made again"
+        default_factory=_cache,
+        title="Cache folder",
+        description="Folder for what can be made again",
     )
-    logs: Path = Field(default_factory=_logs, title="Log folder", description="Folder of the log files")
+    logs: Path = Field(
+        default_factory=_logs, title="Log folder", description="Folder of the log files"
+    )
     local_hub: bool = Field(
         default=False, description="For tests: the hub may be plain http on a private address"
     )

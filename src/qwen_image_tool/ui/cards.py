@@ -189,7 +189,11 @@ def _ended(t: Words, book: Book, transfer: Transfer) -> str:
         if transfer.action == "repair":
             return f'<div class="qit-work"><p>{text(t("Mended:"))}</p><ul>{found}</ul></div>'
         absent = any(each.path in book.model.components for each in transfer.faults)
-        repair = _do(t("Download"), "get", book) if absent else _do(t("Repair"), "repair", book)
+        repair = (
+            _do(t("Download"), "get", book, "primary")
+            if absent
+            else _do(t("Repair"), "repair", book)
+        )
         return f'<div class="qit-card bad" role="alert"><ul>{found}</ul>{row(repair)}</div>'
     said = {
         "check": t("Nothing is missing: sizes and headers are right."),

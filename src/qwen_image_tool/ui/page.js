@@ -22,7 +22,9 @@
     if (document.body.classList.contains('dark') !== wanted)
       document.body.classList.toggle('dark', wanted);
   }
-  addEventListener('DOMContentLoaded', () => {
+  const ready = work => document.readyState === 'loading'
+    ? addEventListener('DOMContentLoaded', work) : work();
+  ready(() => {
     new MutationObserver(colour).observe(document.body, {attributeFilter: ['class']});
     colour();
   });
@@ -74,7 +76,7 @@
     if (event.target.closest('[data-do=notify]')) Notification.requestPermission().then(settled);
   });
   new MutationObserver(follow).observe(document.documentElement, {childList: true, subtree: true});
-  addEventListener('DOMContentLoaded', () => {
+  ready(() => {
     document.body.append(heard);
     settled();
   });
