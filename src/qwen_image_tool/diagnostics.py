@@ -65,7 +65,7 @@ def without_names(text: str, home: Path, user: str, host: str) -> str:
     for path in sorted(written - {"/"}, key=len, reverse=True):
         text = re.sub(re.escape(path) + r"(?![\w.-])", "~", text, flags=re.IGNORECASE)
     text = re.sub(r"(?i)([/\\](?:home|users)[/\\]+)(?!public\b)[^/\\\s\"':]+", r"\1USER", text)
-    for name, instead in ((user, "USER"), (host, "HOST"), (host.partition(".")[0], "HOST")):
+    for name, instead in ((host, "HOST"), (host.partition(".")[0], "HOST"), (user, "USER")):
         if len(name) > 1 and name.lower() not in NOT_SECRET:
             text = re.sub(rf"(?i)(?<!\w){re.escape(name)}(?!\w)", instead, text)
     return text

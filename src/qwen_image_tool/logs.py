@@ -159,12 +159,12 @@ def _entries(path: Path) -> Iterator[LogEntry]:
     for line in _lines(path):
         if found := _ENTRY.match(line):
             if level:
-                yield LogEntry(level, "\n".join(lines))
+                yield LogEntry(level, "\n".join(lines).rstrip())
             level = next((name for name in LEVELS if name == found["level"]), "INFO")
             lines = []
         lines.append(line)
     if level:
-        yield LogEntry(level, "\n".join(lines))
+        yield LogEntry(level, "\n".join(lines).rstrip())
 
 
 def _lines(path: Path) -> list[str]:

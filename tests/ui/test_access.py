@@ -12,8 +12,7 @@ from browsing import DESKTOP, PHONE, Site, Visit
 GRAVE = ("serious", "critical")
 LOOKS: dict[str, dict[str, Any]] = {
     "light": {"color_scheme": "light", "viewport": DESKTOP},
-    "dark": {"color_scheme": "dark", "viewport": DESKTOP},
-    "phone": {"color_scheme": "light", "viewport": PHONE, "has_touch": True},
+    "dark-phone": {"color_scheme": "dark", "viewport": PHONE, "has_touch": True},
 }
 
 

@@ -30,7 +30,7 @@ def site(home: Path, browser: Browser, shots: Path) -> Iterator[Site]:
 
 def field(visit: Visit, label: str) -> Locator:
     """A setting's: its label goes on with its help."""
-    return visit.page.get_by_label(re.compile(f"^{label}")).first
+    return visit.page.get_by_label(re.compile(label)).first
 
 
 def written(home: Path) -> dict[str, object]:
