@@ -20,7 +20,7 @@ from running import process
 
 TOUR = Path(__file__).parents[2] / "docs" / "tour.md"
 MOST = 150_000  # bytes of a picture
-WINDOW = {"width": 1180, "height": 780}
+WINDOW = {"width": 1180, "height": 900}
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +60,8 @@ def test_the_tour(site: Site, folder: Path) -> None:
         visit.press("Draw a first picture now")
         visit.state("done", 120)
         expect(visit.page.locator("#qit-stage img").first).to_be_visible()
+        visit.press("Close the walk-through")
+        expect(visit.page.locator(".qit-guide")).to_have_count(0)
         keep(visit, folder, "create")
         visit.go("Queue")
         expect(visit.page.locator("#qit-board")).to_contain_text("Done in ")
