@@ -110,9 +110,11 @@ def process(
     command: str = "serve",
     fake: bool = True,
     under: tuple[str, ...] = (),
+    first: str = "",
 ) -> Iterator[Any]:
     """`qit serve --json-ready` as a child process; yields its Popen, url and a client. `command`:
-    another one that serves; `under`: a command that starts it."""
+    another one that serves; `under`: a command that starts it; `first`: Python that it runs
+    before."""
     environ = os.environ | {"QIT_HOME": str(folder), "QIT_OUTPUT": str(folder / "output")}
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     environ["XDG_DATA_HOME"] = str(folder / "share")  # a trash of its own
@@ -120,6 +122,7 @@ def process(
     code = "from qwen_image_tool.cli import main; main()"
     if fake:
         code = f"import qwen_image_tool.supervisor as s; s.COMMAND = {FAKE!r}\n" + code
+    code = f"{first}\n{code}"
     child = subprocess.Popen(
         [*under, sys.executable, "-c", code, command, "--json-ready", "--port", "0", *arguments],
         env=environ,

@@ -17,10 +17,10 @@ LEVELS = [
     ["errors", "types"],
     ["catalog", "settings", "logs", "files", "decoding", "rates"],
     ["device", "store", "database", "gallery", "jobs"],
-    ["needs", "planner", "doctor"],
+    ["needs", "planner", "doctor", "gauges"],
     ["engine"],
     ["messages", "progress", "exits", "lifeline", "supervisor", "transfers", "feed"],
-    ["app", "service"],
+    ["diagnostics", "app", "service"],
     ["server", "ui", "worker", "cli"],
 ]
 RANK = {name: (level, place) for level, row in enumerate(LEVELS) for place, name in enumerate(row)}

@@ -89,9 +89,15 @@ def test_the_password_is_read_from_stdin(
     assert Password(load_settings().data).matches("correct horse")
 
 
-def test_the_network_needs_a_password_first(capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_network_needs_a_password_first(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert run(["serve", "--lan"]) == 2
     assert "qit password" in capfd.readouterr().err
+    monkeypatch.setenv("QIT_LAN", "1")
+    assert run(["serve"]) == 2
+    assert "qit password" in capfd.readouterr().err
+    monkeypatch.delenv("QIT_LAN")
     assert run(["serve", "--host", "0.0.0.0"]) == 2
     assert "--lan" in capfd.readouterr().err
 

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from qwen_image_tool.store.links import NOTE, content, delete, link, names, weight_files
+from qwen_image_tool.store.links import (
+    NOTE,
+    content,
+    delete,
+    freed_by,
+    link,
+    names,
+    weight_files,
+)
 
 
 def refuse(*_: object) -> None:
@@ -91,3 +99,14 @@ def test_a_note_leads_to_plain_files_alone(target: Path, tmp_path: Path) -> None
         assert content(target) == target
     names(target)[1].write_bytes(b"\xff\xfe")
     assert content(target) == target
+
+
+def test_what_a_removal_frees(source: Path, target: Path, tmp_path: Path) -> None:
+    """A content counts once, and only where all of its names go."""
+    assert made(source, target)
+    (tmp_path / "own").write_bytes(b"12345")
+    os.link(tmp_path / "own", tmp_path / "again")
+    both = [tmp_path / "own", tmp_path / "again"]
+    assert freed_by([target, *both, tmp_path / "gone"]) == 5
+    assert freed_by(both[:1]) == 0
+    assert freed_by([target, source]) == len(b"weights")

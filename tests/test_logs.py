@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qwen_image_tool import logs
-from qwen_image_tool.logs import adopt_libraries, log_path, set_up, tear_down
+from qwen_image_tool.logs import adopt_libraries, log_path, set_up, tail, tear_down
 
 ours = logging.getLogger("qwen_image_tool.test")
 
@@ -175,3 +175,31 @@ def test_two_processes_share_the_file(empty: Path) -> None:
     assert [child.wait(60) for child in children] == [0, 0]
     lines = log_path(empty).read_text(encoding="utf-8").splitlines()
     assert len(lines) == 400
+
+
+def test_the_tail_is_filtered_by_words_and_gravity(empty: Path) -> None:
+    set_up(empty)
+    ours.info("A picture is drawn.")
+    ours.warning("The disk is nearly full.")
+    fail()
+    tear_down()
+    assert [entry.level for entry in tail(empty, 10)] == ["INFO", "WARNING", "ERROR"]
+    assert [entry.level for entry in tail(empty, 10, "WARNING")] == ["WARNING", "ERROR"]
+    assert [entry.level for entry in tail(empty, 1)] == ["ERROR"]
+    [broken] = tail(empty, 10, words="traceback VALUEERROR")
+    assert broken.text.splitlines()[0].endswith("It broke")
+    assert broken.text.splitlines()[2].startswith("Traceback")
+    assert tail(empty, 10, words="picture nowhere") == ()
+
+
+def test_the_tail_goes_on_into_the_older_file(empty: Path) -> None:
+    set_up(empty)
+    ours.info("now")
+    tear_down()
+    line = log_path(empty).read_text("utf-8").replace("now", "before")
+    log_path(empty).with_name("qit.log.1").write_text("half a line\n" + line, "utf-8")
+    assert [entry.text.rpartition(" ")[2] for entry in tail(empty, 10)] == ["before", "now"]
+
+
+def test_the_tail_of_no_log_is_empty(tmp_path: Path) -> None:
+    assert tail(tmp_path / "none", 10) == ()

@@ -7,7 +7,13 @@ import pytest
 from pydantic import ValidationError
 
 from qwen_image_tool.errors import BadRequest
-from qwen_image_tool.settings import Settings, config_path, load_settings
+from qwen_image_tool.settings import (
+    Settings,
+    config_path,
+    load_settings,
+    origin,
+    save_settings,
+)
 
 
 def test_defaults_lie_under_the_home_folder(home: Path) -> None:
@@ -69,7 +75,7 @@ def test_a_byte_order_mark_and_chinese_are_read(home: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"outptu = 'x'\n", ["'outptu'", "output, models, data, cache, logs"]),
+        (b"outptu = 'x'\n", ["'outptu'", "output, models, other_models, source"]),
         (b"output = 7\n", ["output", "7"]),
         (b"home = '/x'\n", ["'home'"]),
         (b'output = "D:\\pictures"\n', ["single quotes"]),
@@ -89,3 +95,35 @@ def test_a_broken_file_is_named(home: Path, content: bytes, words: list[str]) ->
 def test_settings_are_frozen() -> None:
     with pytest.raises(ValidationError):
         load_settings().output = Path("x")  # type: ignore[misc]
+
+
+def test_what_is_saved_is_read_and_the_rest_stays(home: Path) -> None:
+    config_path().write_text("# my own words\nsource = 'modelscope'  # faster here\n", "utf-8")
+    save_settings({"models": Path("/srv/models"), "idle_seconds": 5.0, "lan": True})
+    found = load_settings()
+    assert (found.models, found.idle_seconds, found.lan) == (Path("/srv/models"), 5.0, True)
+    assert "# my own words\nsource = 'modelscope'  # faster here\n" in config_path().read_text()
+    save_settings({"models": None, "lan": None, "output": None})
+    assert load_settings().models == home / "models"
+    assert origin("source") == "file"
+    assert origin("models") == "default"
+
+
+def test_nothing_broken_is_saved(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BadRequest, match="idle_seconds is -1"):
+        save_settings({"idle_seconds": -1, "lan": True})
+    assert not config_path().exists()
+    monkeypatch.setenv("QIT_SOURCE", "modelscope")
+    assert origin("source") == "environment"
+
+
+def test_a_config_file_that_can_not_be_written_is_named(home: Path) -> None:
+    config_path().with_suffix(".tmp").mkdir()
+    with pytest.raises(BadRequest, match="can't be written"):
+        save_settings({"lan": True})
+
+
+def test_every_setting_for_people_has_a_title_and_help() -> None:
+    for name, field in Settings.model_fields.items():
+        assert field.description, name
+        assert bool(field.title) == (name != "local_hub"), name

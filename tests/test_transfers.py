@@ -130,3 +130,34 @@ def test_the_end_of_the_service_pauses_it(
         service = live.service
     [transfer] = service.transfers.all()
     assert transfer.state == "paused"
+
+
+def test_update_clear_and_a_quick_check(live: Live, hub: LocalHub) -> None:
+    live.http.post(f"/api/models/{MODEL}/download", json={})
+    assert over(live)["state"] == "done"
+    hub.commits["Qwen/Qwen-Image"] = "e" * 40
+    hub.repos["Qwen/Qwen-Image"] = hub.repos["Qwen/Qwen-Image"] | {"tokenizer/more.json": b"{}"}
+    live.http.post(f"/api/models/{MODEL}/download", json={"how": "update"})
+    found = over(live)
+    assert (found["action"], found["state"]) == ("update", "done")
+    assert f"to {'e' * 40}" in " ".join(found["notes"])
+    hub.sent.clear()
+    live.http.post(f"/api/models/{MODEL}/download", json={"how": "again"})
+    assert over(live)["state"] == "done"
+    assert any(name.endswith(".safetensors") for name in hub.sent)
+    live.http.post(f"/api/models/{MODEL}/verify?quick=true")
+    found = over(live)
+    assert (found["action"], found["state"], found["faults"]) == ("check", "done", [])
+
+
+def test_what_a_removal_frees_is_known_before(live: Live) -> None:
+    live.http.post(f"/api/models/{MODEL}/download", json={})
+    assert over(live)["state"] == "done"
+    library, model = live.service.app.library, live.service.app.catalog.find(MODEL)
+    used = library.used_bytes()
+    freed, kept = library.frees(model)
+    assert (library.remove(model), kept) == (freed, 0)
+    assert used == freed
+    assert library.used_bytes() == 0
+    live.service.transfers.forget(MODEL)
+    assert live.http.get("/api/transfers").json() == []

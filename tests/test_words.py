@@ -12,13 +12,19 @@ import pytest
 import qwen_image_tool.ui
 from qwen_image_tool.catalog import load_catalog
 from qwen_image_tool.catalog.sizes import RESOLUTIONS
+from qwen_image_tool.device import NvidiaCard, TorchFacts
+from qwen_image_tool.doctor import Commit, Folder, Machine, examine
 from qwen_image_tool.errors import TROUBLES
 from qwen_image_tool.planner import plans
+from qwen_image_tool.settings import Settings
 from qwen_image_tool.store import as_published
 from qwen_image_tool.types import Device, Rates, Request, Size
+from qwen_image_tool.ui.kit import sentence
 from qwen_image_tool.ui.words import load_words
 
 UI = Path(qwen_image_tool.ui.__file__).parent
+# What other modules of the program say
+HEARD = ("troubles.json", "program.json", "library.json", "doctor.json", "declared.json")
 
 
 def said() -> set[str]:
@@ -46,7 +52,7 @@ def tables() -> dict[str, dict[str, str]]:
 def test_every_sentence_is_said_in_chinese() -> None:
     known = {text for table in tables().values() for text in table}
     assert said() - known == set()
-    heard = {*tables()["troubles.json"], *tables()["program.json"]}
+    heard = {text for name in HEARD for text in tables()[name]}
     assert known - said() - heard == set(), "nobody says these any more"
 
 
@@ -55,6 +61,75 @@ def test_what_the_program_says_is_said_in_chinese() -> None:
     for trouble in TROUBLES.values():
         for text in filter(None, trouble):
             assert chinese(zh.known(text)), text
+
+
+def test_what_is_declared_is_said_in_chinese() -> None:
+    zh = load_words("zh")
+    fields = [field for field in Settings.model_fields.values() if field.title]
+    later = [model.unsupported for model in load_catalog().models if model.unsupported]
+    for text in [*later, *(said for field in fields for said in (field.title, field.description))]:
+        assert text
+        assert re.search("[\u4e00-\u9fff]", zh.known(text)), text
+
+
+@pytest.mark.parametrize("name", ["pass", "warn", "fail"])
+def test_what_the_doctor_finds_is_said_in_chinese(name: str) -> None:
+    """On machines that have everything, and on one that has nothing."""
+    zh = load_words("zh")
+    for checked in machines()[name]:
+        for check in examine(checked):
+            for text in (check.name, check.finding, check.next_step):
+                assert chinese(zh.known(sentence(zh, text))), text
+
+
+def machines() -> dict[str, list[Machine]]:
+    """Invented ones for the doctor."""
+    folder = Folder(role="models", path="/models", free_bytes=2**40)
+    card = NvidiaCard(name="RTX 4090", driver="580.1")
+    gpu = TorchFacts(version="2.13", built_for="CUDA 13.0", kind="cuda", gpu="RTX 4090")
+    packages = {"torch": "2.13", "diffusers": "0.43", "transformers": "6.0"}
+    full = Machine(
+        system="win32",
+        python=(3, 13, 1),
+        packages=packages,
+        torch=gpu.model_copy(update={"vram_bytes": 2**34, "vram_free_bytes": 2**34}),
+        nvidia=card,
+        ram_bytes=2**36,
+        ram_free_bytes=2**36,
+        commit=Commit(limit_bytes=2**37, free_bytes=2**37),
+        folders=(folder,),
+    )
+    no_gpu = TorchFacts(version="2.13")
+    low = full.model_copy(
+        update={
+            "ram_free_bytes": 1,
+            "torch": gpu.model_copy(update={"vram_bytes": 2**34}),
+            "commit": Commit(limit_bytes=2**37, free_bytes=1),
+            "folders": (folder.model_copy(update={"free_bytes": 1, "path": "/" * 200}),),
+            "long_paths": False,
+            "stdout_encoding": "ascii",
+        }
+    )
+    warned = [
+        low,
+        low.model_copy(update={"torch": no_gpu}),
+        low.model_copy(update={"torch": no_gpu, "nvidia": None, "system": "linux"}),
+        low.model_copy(
+            update={"torch": gpu.model_copy(update={"gpu": "", "gpu_error": "no kernel."})}
+        ),
+    ]
+    broken = full.model_copy(
+        update={
+            "python": (3, 9, 0),
+            "packages": {"torch": "1.0"},
+            "torch": TorchFacts(built_for="CUDA 13.0", error="broken."),
+            "nvidia": card.model_copy(update={"driver": "470.1"}),
+            "folders": (folder.model_copy(update={"error": "denied"}),),
+            "practice_error": "The file x is missing.",
+            "file_name_error": "denied",
+        }
+    )
+    return {"pass": [full], "warn": warned, "fail": [broken]}
 
 
 @pytest.mark.parametrize("model", ["qwen-image-2512", "qwen-image-2.1"])

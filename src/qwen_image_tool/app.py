@@ -336,9 +336,11 @@ class App:
             shutil.rmtree(self.settings.cache / name, ignore_errors=True)
         (self.settings.cache / LAST_LOOK).unlink(missing_ok=True)
 
-    def examine(self) -> tuple[doctor.Check, ...]:
-        """Is this machine ready?"""
-        return doctor.examine(doctor.gather(self.settings, self.look()))
+    def examine(self, again: bool = True) -> tuple[doctor.Check, ...]:
+        """Is this machine ready? Torch is asked, which takes seconds; unless `again`, only where it
+        was not asked since the machine was started."""
+        known = None if again else device.last_look(self.settings.cache / LAST_LOOK)
+        return doctor.examine(doctor.gather(self.settings, known or self.look()))
 
 
 def made_otherwise(original: gallery.ImageInfo, result: Result) -> str:

@@ -6,14 +6,22 @@ Nothing here touches stdout, which belongs to the results.
 import contextlib
 import logging
 import os
+import re
 import sys
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
+from typing import Literal
 
 OURS = "qwen_image_tool"
 LIBRARIES = ("diffusers", "transformers", "huggingface_hub", "accelerate")
 FILE_BYTES = 1 << 20
 OLD_FILES = 5
+Level = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
+LEVELS: tuple[Level, ...] = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+_ENTRY = re.compile(r"\d{4}-\d\d-\d\d [\d:,]+ \d+ (?P<level>[A-Z]+) [\w.]+: ")
 
 _log = logging.getLogger(__name__)
 
@@ -119,3 +127,47 @@ class _File(RotatingFileHandler):
 def record_failure(error: BaseException) -> None:
     """Keep the full traceback in the log file; the console shows the sentence alone."""
     _log.debug("The command failed.", exc_info=error)
+
+
+@dataclass(frozen=True)
+class LogEntry:
+    """One message of the log file: `text` has its time and all its lines."""
+
+    level: Level
+    text: str
+
+
+def tail(folder: Path, most: int, least: Level = "DEBUG", words: str = "") -> tuple[LogEntry, ...]:
+    """The last `most` messages that are at `least` so grave and have all `words`, the newest last.
+    Looks through the two newest files."""
+    wanted, grave = words.casefold().split(), LEVELS[LEVELS.index(least) :]
+    newest = log_path(folder)
+    files = (newest.with_name(f"{newest.name}.1"), newest)
+    entries = (entry for path in files for entry in _entries(path))
+    kept = (
+        entry
+        for entry in entries
+        if entry.level in grave and all(word in entry.text.casefold() for word in wanted)
+    )
+    return tuple(deque(kept, maxlen=most))
+
+
+def _entries(path: Path) -> Iterator[LogEntry]:
+    """A line that does not begin as a message does belongs to the one before."""
+    level: Level | None = None
+    lines: list[str] = []
+    for line in _lines(path):
+        if found := _ENTRY.match(line):
+            if level:
+                yield LogEntry(level, "\n".join(lines).rstrip())
+            level = next((name for name in LEVELS if name == found["level"]), "INFO")
+            lines = []
+        lines.append(line)
+    if level:
+        yield LogEntry(level, "\n".join(lines).rstrip())
+
+
+def _lines(path: Path) -> list[str]:
+    with contextlib.suppress(OSError):
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return []

@@ -7,7 +7,7 @@ import contextlib
 import json
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 from qwen_image_tool import device
 from qwen_image_tool.app import App
 from qwen_image_tool.catalog import DEFAULT_MODEL, Model
+from qwen_image_tool.diagnostics import LOG_LINES, discreet, report
 from qwen_image_tool.errors import Busy, Cancelled, NotWritten, ToolError
 from qwen_image_tool.feed import (
     EventNews,
@@ -28,7 +29,9 @@ from qwen_image_tool.feed import (
 )
 from qwen_image_tool.files import replace_file
 from qwen_image_tool.gallery.index import Index, Picture
+from qwen_image_tool.gauges import Gauge, read_gauges
 from qwen_image_tool.jobs import KEPT_JOBS, Job, Jobs
+from qwen_image_tool.logs import tail
 from qwen_image_tool.progress import Progress
 from qwen_image_tool.supervisor import COMMAND, Supervisor
 from qwen_image_tool.transfers import Transfers
@@ -158,6 +161,36 @@ class Service:
         """What a resolved request will take, by the last job like it, else by its plan; None where
         neither can tell."""
         return sum(self.supervisor.expected(request).values()) or plan.seconds
+
+    def gauges(self) -> tuple[Gauge, ...]:
+        """Memory and disks as they are now."""
+        return read_gauges(self.folders)
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """What we keep, and where."""
+        settings = self.app.settings
+        return {
+            "models": settings.models.absolute(),
+            "pictures": self.index.folder,
+            "data": self.data,
+            "logs": settings.logs.absolute(),
+        }
+
+    def diagnostics(self, secrets: Iterable[str] = ()) -> str:
+        """What somebody who helps needs to know; neither `secrets` nor the user's name are in it.
+        It takes seconds where torch was not asked yet."""
+        settings = self.app.settings
+        text = report(
+            settings,
+            self.app.examine(again=False),
+            self.app.seen(),
+            self.gauges(),
+            self.queue(),
+            [f"{each['id']}: {each['state']} {each['revision']}" for each in self.described()],
+            tail(settings.logs, LOG_LINES),
+        )
+        return discreet(text, secrets)
 
     def default_model(self) -> str:
         """The one that was chosen, else the newest that is here, else the practice model."""

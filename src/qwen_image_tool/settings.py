@@ -1,15 +1,18 @@
 """Settings, declared once: where things lie on this computer.
 
 Each one is read from the environment (QIT_OUTPUT), else from the config file, else has its default.
+They are read when the program starts. One without a title is not meant for people.
 QIT_HOME puts everything but the pictures under one folder; tests always set it.
 """
 
 import os
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import platformdirs
+import tomlkit
 from pydantic import Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
@@ -66,22 +69,45 @@ class Settings(BaseSettings):
         env_prefix=ENV_PREFIX, env_ignore_empty=True, frozen=True, extra="forbid"
     )
 
-    output: Path = Field(default=Path("output"), description="Folder that pictures are saved in")
-    models: Path = Field(default_factory=_models, description="Folder that holds the models")
-    data: Path = Field(
-        default_factory=_data, description="Folder of the queue, the gallery's index and the access"
+    output: Path = Field(
+        default=Path("output"),
+        title="Picture folder",
+        description="Folder that pictures are saved in",
     )
-    cache: Path = Field(default_factory=_cache, description="Folder for what can be made again")
-    logs: Path = Field(default_factory=_logs, description="Folder of the log files")
+    models: Path = Field(
+        default_factory=_models, title="Model folder", description="Folder that holds the models"
+    )
     other_models: str = Field(
         default="",
+        title="Other programs' models",
         description="More folders to look for models in, read-only, separated like PATH",
     )
-    idle_seconds: float = Field(
-        default=600, gt=0, description="A model without work for so long leaves the memory"
-    )
     source: Literal["huggingface", "modelscope"] = Field(
-        default="huggingface", description="Where models are fetched from"
+        default="huggingface", title="Model hub", description="Where models are fetched from"
+    )
+    idle_seconds: float = Field(
+        default=600,
+        gt=0,
+        title="Idle seconds",
+        description="A model without work for so long leaves the memory",
+    )
+    lan: bool = Field(
+        default=False,
+        title="Other computers",
+        description="Computers of the network may come in, with the password",
+    )
+    data: Path = Field(
+        default_factory=_data,
+        title="Data folder",
+        description="Folder of the queue, the gallery's index and the access",
+    )
+    cache: Path = Field(
+        default_factory=_cache,
+        title="Cache folder",
+        description="Folder for what can be made again",
+    )
+    logs: Path = Field(
+        default_factory=_logs, title="Log folder", description="Folder of the log files"
     )
     local_hub: bool = Field(
         default=False, description="For tests: the hub may be plain http on a private address"
@@ -124,6 +150,47 @@ def load_settings() -> Settings:
             f"{config_path()} can't be used: {error}.", "Correct it, or move it away."
         ) from error
     return settings.model_copy(update=folders)
+
+
+def origin(name: str) -> Literal["environment", "file", "default"]:
+    """Where a setting has its value from."""
+    if os.environ.get(ENV_PREFIX + name.upper()):
+        return "environment"
+    return "file" if name in _written() else "default"
+
+
+def save_settings(changes: Mapping[str, object]) -> None:
+    """Write settings into the config file; None goes back to the default. What else is there stays,
+    comments too. Raises BadRequest where one is broken, or the file can't be written.
+    """
+    try:
+        Settings(**{name: value for name, value in changes.items() if value is not None})  # type: ignore[arg-type]
+    except ValidationError as error:
+        raise _broken_setting(error) from error
+    document = _written()
+    for name, value in changes.items():
+        if value is None:
+            document.pop(name, None)
+        else:
+            document[name] = str(value) if isinstance(value, Path) else value
+    _write(document)
+
+
+def _written() -> tomlkit.TOMLDocument:
+    """The config file; an empty one where there is none."""
+    path = config_path()
+    return tomlkit.parse(path.read_text(encoding="utf-8-sig") if path.exists() else "")
+
+
+def _write(document: tomlkit.TOMLDocument) -> None:
+    path = config_path()
+    new = path.with_suffix(".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new.write_text(tomlkit.dumps(document), encoding="utf-8")
+        new.replace(path)
+    except OSError as error:
+        raise BadRequest(f"{path} can't be written: {error}.", "Allow writing to it.") from error
 
 
 def _broken_setting(error: ValidationError) -> BadRequest:

@@ -1,10 +1,11 @@
-"""Downloads, checks and repairs of models in the background: one at a time, and what became of it.
+"""Downloads, imports, checks and repairs of models in the background, one at a time.
 
 What came of a download stays on disk whatever happens, so that starting it again goes on.
 """
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -21,21 +22,35 @@ from qwen_image_tool.errors import (
 from qwen_image_tool.store.download import Control
 from qwen_image_tool.store.library import Library
 from qwen_image_tool.store.verify import Fault
-from qwen_image_tool.types import DownloadProgress, Event, Failure, Value, VerifyProgress
+from qwen_image_tool.types import (
+    DownloadProgress,
+    Event,
+    Failure,
+    Notice,
+    Value,
+    VerifyProgress,
+)
 
-Action = Literal["download", "verify", "repair"]
+# `update`: go on to the newest revision; `again`: fetch all anew; `check`: without reading every
+# byte, which `verify` does
+Action = Literal["download", "update", "again", "import", "check", "verify", "repair"]
+FETCHING: tuple[Action, ...] = ("download", "update", "again")
+NOTES = 5  # that are kept of a transfer
 AGREE = "Read it, and ask again with `accept_licence` if you agree."
 
 
 class Transfer(Value):
-    """Work on one model's files, under way or over. `faults`: what a check found."""
+    """Work on one model's files, under way or over. `faults`: what a check found. `source`: the
+    file that is imported."""
 
     model: str
     variant: str = ""
+    source: str = ""
     action: Action
     state: Literal["running", "paused", "cancelled", "done", "failed"] = "running"
     progress: DownloadProgress | VerifyProgress | None = None
     faults: tuple[Fault, ...] = ()
+    notes: tuple[str, ...] = Field(default=(), description="What it said last")
     failure: Failure | None = Field(default=None, description="Where it failed or was paused")
 
 
@@ -55,17 +70,24 @@ class Transfers:
             return tuple(self._all.values())
 
     def start(
-        self, model: Model, action: Action, variant: str = "", accept_licence: bool = False
+        self,
+        model: Model,
+        action: Action,
+        variant: str = "",
+        accept_licence: bool = False,
+        source: Path | None = None,
     ) -> Transfer:
-        """Begin in the background. Raises Busy while another one runs, and at once what asking
-        needs no network to know: LicenceNotAccepted, BadRequest."""
-        if action == "download":
+        """Begin in the background; `source` is the file to import. Raises Busy while another one
+        runs, and at once what asking needs no network to know: LicenceNotAccepted, BadRequest."""
+        if action in FETCHING:
             model.variant(variant)
             self._check_licence(model, accept_licence)
         with self._lock:
             if self._thread and self._thread.is_alive():
                 raise Busy("Another model is being worked on.", "Wait for it, or pause it.")
-            transfer = Transfer(model=model.id, variant=variant, action=action)
+            transfer = Transfer(
+                model=model.id, variant=variant, action=action, source=str(source or "")
+            )
             self._all[model.id] = transfer
             self._control = control = Control()
             self._thread = threading.Thread(
@@ -89,6 +111,12 @@ class Transfers:
                 self._control.cancel()
         return transfer
 
+    def forget(self, model: str) -> None:
+        """What was done for a model that is deleted. Something that runs stays."""
+        with self._lock:
+            if model in self._all and self._all[model].state != "running":
+                del self._all[model]
+
     def close(self) -> None:
         """Pause what runs, and wait for it."""
         with self._lock:
@@ -110,6 +138,9 @@ class Transfers:
         def emit(event: Event) -> None:
             if isinstance(event, DownloadProgress | VerifyProgress):
                 self._set(transfer.model, {"progress": event})
+            elif isinstance(event, Notice):
+                notes = self._all[transfer.model].notes
+                self._set(transfer.model, {"notes": (*notes, event.text)[-NOTES:]})
 
         change: dict[str, object] = {"state": "done"}
         try:
@@ -135,12 +166,21 @@ class Transfers:
         accept: bool,
         emit: Callable[[Event], None],
     ) -> tuple[Fault, ...]:
-        if transfer.action == "download":
-            self._library.download(model, transfer.variant, emit, control, accept)
-            return ()
-        if transfer.action == "repair":
-            return self._library.repair(model, emit, control)
-        return self._library.verify(model, True, emit, control.stopped.is_set)
+        stopped, action = control.stopped.is_set, transfer.action
+        match action:
+            case "import":
+                self._library.import_file(Path(transfer.source), model, emit, stopped)
+            case "repair":
+                return self._library.repair(model, emit, control)
+            case "check" | "verify":
+                return self._library.verify(model, action == "verify", emit, stopped)
+            case _:
+                self._library.download(
+                    *(model, transfer.variant, emit, control, accept),
+                    again=action == "again",
+                    update=action == "update",
+                )
+        return ()
 
     def _set(self, model: str, change: dict[str, object]) -> None:
         with self._lock:

@@ -15,12 +15,13 @@ from qwen_image_tool.errors import BadRequest, DownloadFailed, LicenceNotAccepte
 from qwen_image_tool.settings import load_settings
 from qwen_image_tool.store.download import Control
 from qwen_image_tool.store.formats import (
-    NOT_TAKEN,
     WORDS,
     Checkpoint,
+    Stranger,
     check_taken,
     models_for,
     recognise,
+    survey,
 )
 from qwen_image_tool.store.verify import Fault
 from qwen_image_tool.types import Device
@@ -258,9 +259,8 @@ def where(as_json: Json = False) -> None:
     app = App(load_settings())
     screen = Screen(as_json)
     cache = app.elsewhere.cache
-    rows: list[tuple[str, ...]] = [
-        (str(path), *_described(path, app)) for path in app.elsewhere.weight_files()
-    ]
+    strangers = survey(app.elsewhere.weight_files(), app.catalog)
+    rows: list[tuple[str, ...]] = [(str(each.path), *_described(each)) for each in strangers]
     if as_json:
         found = [{"path": path, "is": what, "why": why} for path, what, why in rows]
         folders = [str(folder) for folder in app.elsewhere.folders]
@@ -284,15 +284,12 @@ def where(as_json: Json = False) -> None:
         screen.line("`qit models import FILE` uses a transformer or text encoder where it lies.")
 
 
-def _described(path: Path, app: App) -> tuple[str, str]:
-    try:
-        found = recognise(path)
-    except ToolError as error:
-        return "not ours", error.message
-    what = f"{found.family} {WORDS[found.kind]}, {found.storage}"
-    if found.kind in NOT_TAKEN or found.unsupported:
-        return what, NOT_TAKEN.get(found.kind, found.unsupported)
-    return what, f"fits {', '.join(model.id for model in models_for(found, app.catalog))}"
+def _described(found: Stranger) -> tuple[str, str]:
+    if found.checkpoint is None:
+        return "not ours", found.why
+    read = found.checkpoint
+    what = f"{read.family} {WORDS[read.kind]}, {read.storage}"
+    return what, found.why or f"fits {', '.join(model.id for model in found.models)}"
 
 
 def _report(screen: Screen, faults: tuple[Fault, ...]) -> None:

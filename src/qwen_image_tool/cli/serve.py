@@ -139,7 +139,9 @@ def _run(
             _welcome(screen, where, lan)
         then(where)
 
-    service = Service(App(load_settings()))
+    settings = load_settings()
+    lan = lan or settings.lan
+    service = Service(App(settings))
     try:
         for said in service.rescued:
             screen.note(said)

@@ -93,6 +93,10 @@ class Ids(BaseModel):
 class Download(BaseModel):
     variant: str = Field(default="", max_length=40)
     accept_licence: bool = False
+    how: Literal["download", "update", "again"] = Field(
+        default="download",
+        description="update: go on to the newest revision; again: delete all and fetch it anew",
+    )
 
 
 class Default(BaseModel):
@@ -249,13 +253,14 @@ def model(model: str, service: Here) -> dict[str, Any]:
 def download(model: str, what: Download, service: Here) -> Transfer:
     """Fetch it in the background, or go on with that."""
     entry = service.app.catalog.find(model)
-    return service.transfers.start(entry, "download", what.variant, what.accept_licence)
+    return service.transfers.start(entry, what.how, what.variant, what.accept_licence)
 
 
 @api.post("/models/{model}/verify", status_code=202, tags=["models"])
-def verify(model: str, service: Here) -> Transfer:
-    """Compare every file with its hash, in the background."""
-    return service.transfers.start(service.app.catalog.find(model), "verify")
+def verify(model: str, service: Here, quick: bool = False) -> Transfer:
+    """Compare every file with its hash, in the background. `quick`: sizes and headers alone."""
+    entry = service.app.catalog.find(model)
+    return service.transfers.start(entry, "check" if quick else "verify")
 
 
 @api.post("/models/{model}/repair", status_code=202, tags=["models"])

@@ -54,6 +54,7 @@ class Running(Value):
     port: int
     token: str
     pid: int
+    lan: bool = False
 
     @property
     def address(self) -> str:
@@ -169,7 +170,7 @@ def serve(
         gate = Gate(app, access, [f"{name}:{number}" for name in names], number)
         app.state.gate = gate
         url = f"http://{shown(host, lan)}:{number}"
-        where = Running(url=url, port=number, token=token, pid=os.getpid())
+        where = Running(url=url, port=number, token=token, pid=os.getpid(), lan=lan)
         with _announced(service, where):
             work = _listen(
                 gate,

@@ -23,7 +23,7 @@ from qwen_image_tool.types import DownloadProgress, Event
 SPEED_WINDOW = 15.0  # seconds that the speed is an average of
 REPORT_EVERY = 0.25  # seconds between two events
 SPARE = 0.01  # of what is still to come: left free on the disk
-AGAIN = "What came is kept: the same command goes on from there."
+AGAIN = "What came is kept: the next download goes on from there."
 
 
 @dataclass(frozen=True)

@@ -306,6 +306,31 @@ def models_for(checkpoint: Checkpoint, catalog: Catalog) -> tuple[Model, ...]:
     return tuple(model for model in catalog.models if model.repo and fits(checkpoint, model))
 
 
+@dataclass(frozen=True)
+class Stranger:
+    """A weight file of another program: what it is, the models that it may be used for, and why it
+    can't be, where it can't."""
+
+    path: Path
+    checkpoint: Checkpoint | None
+    models: tuple[Model, ...]
+    why: str = ""
+
+
+def survey(paths: Iterable[Path], catalog: Catalog) -> tuple[Stranger, ...]:
+    """What these files are. Reads their headers alone."""
+    return tuple(_stranger(path, catalog) for path in paths)
+
+
+def _stranger(path: Path, catalog: Catalog) -> Stranger:
+    try:
+        found = recognise(path)
+    except BadRequest as error:
+        return Stranger(path, None, (), error.message)
+    why = NOT_TAKEN.get(found.kind, found.unsupported)
+    return Stranger(path, found, () if why else models_for(found, catalog), why)
+
+
 def fits(checkpoint: Checkpoint, model: Model) -> bool:
     """Whether it may be weights of `model`: its family, and of transformers its configuration."""
     if checkpoint.family != model.family or checkpoint.kind not in model.components:

@@ -6,6 +6,7 @@ One folder a model in the diffusers layout. Files that several models share (Tur
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from qwen_image_tool.catalog import Catalog, Model
@@ -34,7 +35,7 @@ from qwen_image_tool.store.formats import (
 from qwen_image_tool.store.headers import SUFFIXES
 from qwen_image_tool.store.hub import Hub
 from qwen_image_tool.store.licences import Accepted, Licences
-from qwen_image_tool.store.links import content, delete, link, names
+from qwen_image_tool.store.links import content, delete, freed_by, link, names
 from qwen_image_tool.store.locks import LOCK, ask_to_pause, is_locked, locked, pausable, writing
 from qwen_image_tool.store.places import Elsewhere
 from qwen_image_tool.store.published import licence_text, list_files, model_files, variant_file
@@ -452,6 +453,23 @@ class Library:
             freed = self._clear(folder)
         shutil.rmtree(folder, ignore_errors=True)
         return freed
+
+    def frees(self, model: Model) -> tuple[int, int]:
+        """Bytes that removing all of `model` makes free, and those of its files that others keep:
+        another model, or the program whose files they are. Raises ModelMissing."""
+        paths = [path for path in self._existing(model).rglob("*") if path.is_file()]
+        freed = freed_by(paths)
+        return freed, sum(path.stat().st_size for path in paths) - freed
+
+    def used_bytes(self) -> int:
+        """What the models folder takes, each content once."""
+        found = (path for path in self.models.rglob("*") if not path.is_symlink())
+        sizes = {}
+        for path in found:
+            with suppress(OSError):
+                stat = path.stat()
+                sizes[stat.st_dev, stat.st_ino] = 0 if path.is_dir() else stat.st_size
+        return sum(sizes.values())
 
     @staticmethod
     def _without(record: Record, variant: str) -> Record | None:

@@ -7,6 +7,8 @@ the system allows none (Windows, for most people), a note that says where the fi
 
 import os
 import stat
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 from qwen_image_tool.store.headers import SUFFIXES
@@ -67,6 +69,20 @@ def delete(path: Path) -> int:
         return 0
     path.unlink()
     return found.st_size if found.st_nlink == 1 and stat.S_ISREG(found.st_mode) else 0
+
+
+def freed_by(paths: Iterable[Path]) -> int:
+    """Bytes that become free when all these names are deleted."""
+    contents: dict[tuple[int, int], list[os.stat_result]] = defaultdict(list)
+    for path in paths:
+        try:
+            found = path.lstat()
+        except OSError:  # a note stands in its place, or it is gone already
+            continue
+        if stat.S_ISREG(found.st_mode):
+            contents[found.st_dev, found.st_ino].append(found)
+    whole = (names for names in contents.values() if names[0].st_nlink == len(names))
+    return sum(names[0].st_size for names in whole)
 
 
 def names(path: Path) -> tuple[Path, Path]:

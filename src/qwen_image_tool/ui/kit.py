@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 import gradio as gr
 
-from qwen_image_tool.errors import ToolError
+from qwen_image_tool.errors import BadRequest, ToolError
+from qwen_image_tool.server.run import own_addresses
 from qwen_image_tool.service import Service
 from qwen_image_tool.types import Failure
 from qwen_image_tool.ui.words import Words
@@ -20,16 +21,24 @@ _log = logging.getLogger(__name__)
 Output = Any  # a component of Gradio's: its classes have no common type that mypy knows
 
 # Buttons in HTML say what they do in data-do; Python gets all their data-* by gr.EventData.
-# What had the focus keeps it when the HTML is made anew: data-key tells which one it was.
+# What had the focus keeps it when the HTML is made anew, and what was unfolded stays so: data-key
+# tells which one it was.
 _ACTIONS = """
 let focused = null;
+const unfolded = new Map();
 element.addEventListener('click', event => {
   const button = event.target.closest('[data-do]');
   if (button && !button.disabled) trigger('click', {...button.dataset});
 });
 element.addEventListener('focusin', event => { focused = event.target.dataset.key || null; });
 element.addEventListener('focusout', event => { if (event.relatedTarget) focused = null; });
+element.addEventListener('toggle', event => {
+  const key = event.target.dataset.key;
+  if (key && event.target.isConnected) unfolded.set(key, event.target.open);
+}, true);
 watch('value', () => {
+  for (const one of element.querySelectorAll('details[data-key]'))
+    if (unfolded.has(one.dataset.key)) one.open = unfolded.get(one.dataset.key);
   if (focused && document.activeElement === document.body)
     element.querySelector(`[data-key="${CSS.escape(focused)}"]`)?.focus();
 });
@@ -56,17 +65,19 @@ class Kit:
         do: Callable[..., Any],
         inputs: Sequence[Output] = (),
         outputs: Sequence[Output] = (),
+        here_only: bool = False,
         **options: Any,
     ) -> Any:
         """`do` answers an event. Not through Gradio's queue: a call is one short request, and
         nothing waits behind another. What goes wrong is said, and changes no output.
 
-        `trigger`: an event of a component, such as `button.click`, or a list of them; `options` go
-        to Gradio.
+        `trigger`: an event of a component, such as `button.click`, or a list of them; `here_only`:
+        of this computer's browsers alone, because paths are opened; `options` go to Gradio.
         """
 
-        def answer(*values: Any) -> Any:
-            return self._said_or_done(do, values, len(outputs))
+        def answer(http: gr.Request, *values: Any) -> Any:
+            asked = _from_here(http, do) if here_only else do
+            return self._said_or_done(asked, values, len(outputs))
 
         return self._listen(trigger, answer, inputs, outputs, options)
 
@@ -76,14 +87,40 @@ class Kit:
         do: Callable[..., Any],
         inputs: Sequence[Output] = (),
         outputs: Sequence[Output] = (),
+        here_only: bool = False,
     ) -> Any:
-        """`do(act, *inputs)` answers a button of a `Kit.html`; `act` holds its data-*, as text."""
+        """`do(act, *inputs)` answers a button of a `Kit.html`; `act` holds its data-*, as text.
+        `here_only`: as `on`."""
 
-        def answer(event: gr.EventData, *values: Any) -> Any:
-            return self._said_or_done(do, (dict(event._data), *values), len(outputs))
+        def answer(http: gr.Request, event: gr.EventData, *values: Any) -> Any:
+            asked = _from_here(http, do) if here_only else do
+            return self._said_or_done(asked, (dict(event._data), *values), len(outputs))
 
         every = {"trigger_mode": "multiple"}  # also a press while another one is answered
         return self._listen(shown.click, answer, inputs, outputs, every)
+
+    def watch(
+        self,
+        tab: gr.Tab,
+        look: Callable[..., Any],
+        inputs: Sequence[Output],
+        outputs: Sequence[Output],
+        seconds: float = 0.5,
+    ) -> None:
+        """`look` is asked again and again while the tab is shown, and no more when it is not."""
+        clock, shown = gr.Timer(seconds, active=False), gr.JSON(visible="hidden")
+
+        def ticked(shown: bool, *values: Any) -> Any:
+            if not shown:
+                return (gr.Timer(active=False), *(gr.skip() for _ in outputs))
+            found = look(*values)
+            return (gr.skip(), *(found if len(outputs) > 1 else (found,)))
+
+        is_shown = f"!!document.getElementById('{tab.elem_id}')?.offsetParent"
+        values = f"(...values) => [{is_shown}, ...values.slice(1)]"
+        self.on(clock.tick, ticked, [shown, *inputs], [clock, *outputs], js=values)
+        self.on(tab.select, lambda: gr.Timer(active=True), outputs=[clock])
+        self.on(tab.select, look, inputs, outputs)
 
     def _listen(
         self,
@@ -123,15 +160,34 @@ class Kit:
         return gr.Tabs(selected=tab), {"tab": tab, "at": time.time_ns()} | what
 
     def on_wanted(
-        self, tab: Tab, do: Callable[[dict[str, Any]], Any], outputs: Sequence[Output]
+        self,
+        tab: Tab,
+        do: Callable[..., Any],
+        outputs: Sequence[Output],
+        inputs: Sequence[Output] = (),
     ) -> None:
-        """`do` gets what was asked of this tab."""
+        """`do(wanted, *inputs)` gets what was asked of this tab."""
         skipped = gr.skip() if len(outputs) == 1 else tuple(gr.skip() for _ in outputs)
 
-        def heard(wanted: dict[str, Any] | None) -> Any:
-            return do(wanted) if wanted and wanted["tab"] == tab else skipped
+        def heard(wanted: dict[str, Any] | None, *values: Any) -> Any:
+            return do(wanted, *values) if wanted and wanted["tab"] == tab else skipped
 
-        self.on(self.wanted.change, heard, [self.wanted], outputs)
+        self.on(self.wanted.change, heard, [self.wanted, *inputs], outputs)
+
+
+def _from_here(http: gr.Request, do: Callable[..., Any]) -> Callable[..., Any]:
+    """`do`; for a browser on another computer, what raises in its place."""
+    name = http.client.host if http.client else ""
+    if name in ("127.0.0.1", "::1", *own_addresses()):
+        return do
+
+    def refuse(*_: Any) -> None:
+        raise BadRequest(
+            "This can be done only on the computer that QwenImageTool runs on.",
+            "Open the page there.",
+        )
+
+    return refuse
 
 
 # Pieces of HTML
@@ -170,7 +226,7 @@ def failure_card(t: Words, failure: Failure, buttons: str = "") -> str:
     return (
         f'<div class="qit-card bad" role="alert"><p><strong>{text(sentence(t, failure.message))}'
         f"</strong></p><p>{text(sentence(t, failure.hint))}</p>"
-        f'<p class="soft">{text(sentence(t, failure.kept))}</p>{_row(buttons)}</div>'
+        f'<p class="soft">{text(sentence(t, failure.kept))}</p>{row(buttons)}</div>'
     )
 
 
@@ -183,8 +239,20 @@ def toast(t: Words, failure: Failure) -> str:
     return f'<div class="qit-toast qit-card bad" role="alert" {again}>{said}{close}</div>'
 
 
-def _row(buttons: str) -> str:
+def row(buttons: str) -> str:
     return f'<div class="qit-row">{buttons}</div>' if buttons else ""
+
+
+def meter(share: float, full: bool = False) -> str:
+    """A thin bar: how much of something is taken, 0 to 1. What it says is said in words beside."""
+    state = "full" if full else ""
+    width = f"{min(1.0, max(0.0, share)):.1%}"
+    return f'<span class="qit-meter {state}"><i style="width:{width}"></i></span>'
+
+
+def fact(name: str, value: str, more: str = "") -> str:
+    """A name with its value, for a `dl`; `more` is HTML."""
+    return f"<div><dt>{text(name)}</dt><dd>{text(value)}{more}</dd></div>"
 
 
 # Numbers as people read them

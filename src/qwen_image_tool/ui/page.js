@@ -4,6 +4,31 @@
   const said = window.qit;
   document.documentElement.lang = said.language;
 
+  // Language and colours are the browser's own choice. "" leaves them to the browser and the system.
+  const cookie = () => document.cookie.match(/qit_language=(\w*)/)?.[1] ?? '';
+  const dark = matchMedia('(prefers-color-scheme: dark)');
+  said.chosen = what => what === 'theme' ? localStorage.getItem('qit_theme') ?? '' : cookie();
+  said.choose = (what, value) => {
+    if (what === 'theme') {
+      localStorage.setItem('qit_theme', value);
+      colour();
+    } else if (value !== cookie()) {
+      document.cookie = `qit_language=${value}; path=/; max-age=31536000; samesite=strict`;
+      location.reload();
+    }
+  };
+  function colour() {
+    const wanted = said.chosen('theme') ? said.chosen('theme') === 'dark' : dark.matches;
+    if (document.body.classList.contains('dark') !== wanted)
+      document.body.classList.toggle('dark', wanted);
+  }
+  const ready = work => document.readyState === 'loading'
+    ? addEventListener('DOMContentLoaded', work) : work();
+  ready(() => {
+    new MutationObserver(colour).observe(document.body, {attributeFilter: ['class']});
+    colour();
+  });
+
   // Ctrl+Enter generates, Esc cancels: from anywhere on the page, but not out of an open list.
   const press = id => {
     const button = document.getElementById(id);
@@ -29,8 +54,14 @@
   const heard = document.createElement('div');
   heard.className = 'qit-heard';
   heard.setAttribute('aria-live', 'polite');
-  let job = '', state = '';
+  let job = '', state = '', wanted = '';
   function follow() {
+    const asked = document.querySelector('[data-wanted]');  // what another tab leads to
+    if (asked?.offsetParent && asked.dataset.wanted !== wanted) {
+      wanted = asked.dataset.wanted;
+      asked.scrollIntoView({block: 'center'});
+      asked.focus();
+    }
     const stage = document.querySelector('#qit-stage [data-job]');
     if (!stage || (stage.dataset.job === job && stage.dataset.state === state)) return;
     const watched = stage.dataset.job === job && state === 'running';
@@ -45,7 +76,7 @@
     if (event.target.closest('[data-do=notify]')) Notification.requestPermission().then(settled);
   });
   new MutationObserver(follow).observe(document.documentElement, {childList: true, subtree: true});
-  addEventListener('DOMContentLoaded', () => {
+  ready(() => {
     document.body.append(heard);
     settled();
   });

@@ -11,7 +11,7 @@ from fastapi import FastAPI
 
 from qwen_image_tool import __version__
 from qwen_image_tool.service import Service
-from qwen_image_tool.ui import album, create, queue
+from qwen_image_tool.ui import album, create, models, queue, settings, system
 from qwen_image_tool.ui.kit import Kit
 from qwen_image_tool.ui.start import logo
 from qwen_image_tool.ui.theme import palette_css, theme
@@ -64,6 +64,12 @@ def blocks(service: Service, t: Words) -> gr.Blocks:
                 queue.build(kit)
             with gr.Tab(t("Gallery"), id="gallery", elem_id="qit-gallery"):
                 album.build(kit)
+            with gr.Tab(t("Models"), id="models", elem_id="qit-models") as tab:
+                models.build(kit, tab)
+            with gr.Tab(t("System"), id="system", elem_id="qit-system") as tab:
+                system.build(kit, tab)
+            with gr.Tab(t("Settings"), id="settings", elem_id="qit-settings-tab") as tab:
+                settings.build(kit, tab)
         album.listen_for_files(kit, file)
     return made
 

@@ -2,7 +2,7 @@
 
 from qwen_image_tool.errors import CannotRun, ToolError
 from qwen_image_tool.types import Device, Plan
-from qwen_image_tool.ui.kit import button, sentence, size_text, text, time_text
+from qwen_image_tool.ui.kit import button, fact, meter, sentence, size_text, text, time_text
 from qwen_image_tool.ui.words import Words
 
 
@@ -12,13 +12,13 @@ def plan_box(
     """`to_fetch`: bytes of the model that are not on this computer; it can be got from here."""
     needs = [
         _meter(t("Memory"), plan.ram_bytes, device.ram_free_bytes, t),
-        _fact(t("Time"), t("not known yet") if seconds is None else time_text(t, seconds)),
-        _fact(t("Disk"), size_text(plan.disk_bytes)),
+        fact(t("Time"), t("not known yet") if seconds is None else time_text(t, seconds)),
+        fact(t("Disk"), size_text(plan.disk_bytes)),
     ]
     if plan.vram_bytes:
         needs.insert(0, _meter(t("GPU memory"), plan.vram_bytes, device.vram_free_bytes, t))
     if to_fetch:
-        needs.append(_fact(t("To download"), size_text(to_fetch)))
+        needs.append(fact(t("To download"), size_text(to_fetch)))
     get = button(t("Get this model"), "get", "primary", model=model) if to_fetch else ""
     reasons = "".join(f"<li>{text(sentence(t, reason))}</li>" for reason in plan.reasons)
     return _box(
@@ -43,15 +43,6 @@ def _box(t: Words, inside: str) -> str:
     return f'<div class="qit-card qit-plan"><h3>{text(t("What it will need"))}</h3>{inside}</div>'
 
 
-def _fact(name: str, value: str) -> str:
-    return f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>"
-
-
 def _meter(name: str, needed: int, free: int, t: Words) -> str:
-    share = min(1.0, needed / free) if free else 1.0
-    state = "full" if needed > free else ""
     said = t("{needed} of {free} free", needed=size_text(needed), free=size_text(free))
-    return (
-        f"<div><dt>{text(name)}</dt><dd>{text(said)}"
-        f'<span class="qit-meter {state}"><i style="width:{share:.0%}"></i></span></dd></div>'
-    )
+    return fact(name, said, meter(needed / free if free else 1.0, full=needed > free))

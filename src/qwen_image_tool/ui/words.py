@@ -7,7 +7,7 @@ from importlib.resources import files
 from typing import Literal
 
 Language = Literal["en", "zh"]
-_SENTENCE_ENDS = re.compile(r"(?<=[.!?]) (?=[A-Z])")
+_SENTENCE_ENDS = re.compile(r"(?<=[.!?]) (?=[A-Z`])")
 
 
 class Words:
@@ -16,7 +16,9 @@ class Words:
     def __init__(self, language: Language, table: dict[str, str]) -> None:
         self.language = language
         self._table = table
-        self._patterns = [(_pattern(text), said) for text, said in table.items() if "{" in text]
+        # The one with the most words of its own first: "Run {command}." takes nearly anything
+        filled = sorted((text for text in table if "{" in text), key=_own_words, reverse=True)
+        self._patterns = [(_pattern(text), table[text]) for text in filled]
 
     def __call__(self, text: str, **fields: object) -> str:
         return self._table.get(text, text).format(**fields)
@@ -31,6 +33,11 @@ class Words:
             return self._table[text]
         found = ((pattern.fullmatch(text), said) for pattern, said in self._patterns)
         return next((said.format(**match.groupdict()) for match, said in found if match), text)
+
+
+def _own_words(text: str) -> int:
+    """Characters of a sentence that are not in its {fields}."""
+    return len(re.sub(r"\{\w+\}", "", text))
 
 
 def _pattern(text: str) -> re.Pattern[str]:

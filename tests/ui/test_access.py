@@ -1,0 +1,74 @@
+"""Nobody is shut out: axe-core on every tab, phone width, keyboard."""
+
+import re
+from typing import Any
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import expect
+
+from browsing import DESKTOP, PHONE, Site, Visit
+
+GRAVE = ("serious", "critical")
+LOOKS: dict[str, dict[str, Any]] = {
+    "light": {"color_scheme": "light", "viewport": DESKTOP},
+    "dark-phone": {"color_scheme": "dark", "viewport": PHONE, "has_touch": True},
+}
+
+
+def tabs(visit: Visit) -> list[str]:
+    return [name.strip() for name in visit.page.locator("#qit-tabs [role=tab]").all_inner_texts()]
+
+
+def show(visit: Visit, tab: str) -> None:
+    """All of a tab, unfolded."""
+    names = visit.page.get_by_role("tab", name=tab, exact=True)
+    if not names.first.is_visible():
+        visit.page.locator("#qit-tabs .overflow-menu > button").click()
+        visit.page.locator("#qit-tabs .overflow-dropdown button", has_text=tab).click()
+    else:
+        names.first.click()
+    visit.page.wait_for_timeout(300)
+    if tab == "Models":
+        expect(visit.page.locator(".qit-book.best")).to_be_visible(timeout=60_000)
+    if tab == "System":
+        expect(visit.page.locator("#qit-checks li").first).to_be_visible(timeout=60_000)
+    visit.page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
+
+
+def findings(visit: Visit) -> list[str]:
+    found: dict[str, Any] = Axe().run(visit.page, options={"resultTypes": ["violations"]}).response
+    return [
+        f"{each['impact']}: {each['help']}: {node['html'][:200]} {node['target']}"
+        for each in found["violations"]
+        if each["impact"] in GRAVE
+        for node in each["nodes"]
+    ]
+
+
+@pytest.mark.usefixtures("calm")
+@pytest.mark.parametrize("look", LOOKS)
+def test_axe_finds_nothing_grave(site: Site, look: str) -> None:
+    with site.visit(**LOOKS[look] | {"viewport": DESKTOP}) as visit:
+        every = tabs(visit)
+        visit.page.set_viewport_size(LOOKS[look]["viewport"])
+        assert {"Create", "Queue", "Models", "System", "Settings"} <= set(every)
+        for tab in every:
+            show(visit, tab)
+            visit.shot(f"{tab.lower()}-{look}")
+            assert findings(visit) == [], tab
+            assert visit.overflow() == 0, tab
+
+
+def test_models_by_keyboard(site: Site) -> None:
+    """A fold opens by Enter, stays open and focused when the shelf is drawn anew."""
+    with site.visit() as visit:
+        visit.go("Models")
+        fold = visit.page.locator(".qit-book details").first
+        expect(fold).to_be_visible(timeout=60_000)
+        fold.locator("summary").focus()
+        visit.page.keyboard.press("Enter")
+        expect(fold).to_have_attribute("open", "")
+        visit.page.keyboard.press("Tab")
+        focused = visit.page.locator(":focus")
+        expect(focused).to_have_text(re.compile("Read the licence"))
