@@ -117,8 +117,11 @@ def test_nothing_broken_is_saved(home: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert origin("source") == "environment"
 
 
-def test_a_config_file_that_can_not_be_written_is_named(home: Path) -> None:
-    config_path().with_suffix(".tmp").mkdir()
+def test_a_config_file_that_can_not_be_written_is_named(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (home / "file").write_text("")
+    monkeypatch.setenv("QIT_HOME", str(home / "file"))
     with pytest.raises(BadRequest, match="can't be written"):
         save_settings({"lan": True})
 

@@ -22,6 +22,7 @@ from pydantic_settings import (
 )
 
 from qwen_image_tool.errors import BadRequest
+from qwen_image_tool.files import replace_file
 
 APP = "QwenImage"
 ENV_PREFIX = "QIT_"
@@ -184,11 +185,8 @@ def _written() -> tomlkit.TOMLDocument:
 
 def _write(document: tomlkit.TOMLDocument) -> None:
     path = config_path()
-    new = path.with_suffix(".tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new.write_text(tomlkit.dumps(document), encoding="utf-8")
-        new.replace(path)
+        replace_file(path, tomlkit.dumps(document).encode())
     except OSError as error:
         raise BadRequest(f"{path} can't be written: {error}.", "Allow writing to it.") from error
 

@@ -29,6 +29,8 @@ def show(visit: Visit, tab: str) -> None:
     else:
         names.first.click()
     visit.page.wait_for_timeout(300)
+    if tab == "Gallery":
+        expect(visit.page.locator(".qit-tiles img").first).to_be_visible()
     if tab == "Models":
         expect(visit.page.locator(".qit-book.best")).to_be_visible(timeout=60_000)
     if tab == "System":
@@ -49,6 +51,8 @@ def findings(visit: Visit) -> list[str]:
 @pytest.mark.usefixtures("calm")
 @pytest.mark.parametrize("look", LOOKS)
 def test_axe_finds_nothing_grave(site: Site, look: str) -> None:
+    body = {"model": "practice", "prompt": "a picture to list", "size": "256x256", "seed": 5}
+    site.http.post("/api/jobs", json=body)
     with site.visit(**LOOKS[look] | {"viewport": DESKTOP}) as visit:
         every = tabs(visit)
         visit.page.set_viewport_size(LOOKS[look]["viewport"])

@@ -40,6 +40,7 @@ def written(home: Path) -> dict[str, object]:
 def test_what_is_declared_is_a_form_and_is_kept(site: Site, home: Path) -> None:
     with site.visit() as visit:
         visit.go("Settings")
+        visit.sees("They are read when QwenImageTool starts.")
         expect(field(visit, "Idle seconds")).to_have_value("300")
         expect(field(visit, "Picture folder")).to_be_disabled()
         visit.sees(re.compile("QIT_OUTPUT decides it"))

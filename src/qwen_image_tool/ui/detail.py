@@ -160,7 +160,7 @@ def _of_request(t: Words, request: Request) -> list[tuple[str, str]]:
 
 def _of_text(t: Words, info: ImageInfo) -> list[tuple[str, str]]:
     """Another program's picture: its text is what there is."""
-    return [(t("Settings"), info.parameters)] if info.parameters else []
+    return [(t("Settings as text"), info.parameters)] if info.parameters else []
 
 
 def _of_file(t: Words, picture: Picture, info: ImageInfo) -> list[tuple[str, str]]:

@@ -50,35 +50,38 @@ def build(kit: Kit, tab: gr.Tab) -> None:
         _title(t("Other programs"))
         programs = kit.html(elem_id="qit-programs")
 
-    def show() -> tuple[Any, ...]:
+    def fill() -> list[Any]:
+        """Once, when the page opens: later it could write over what somebody types."""
         found = load_settings()
-        components = [_shown(t, name, field, found) for name, field in FIELDS.items()]
+        return [_shown(t, name, field, found) for name, field in FIELDS.items()]
+
+    def show() -> tuple[Any, ...]:
         names = [(each.name, each.id) for each in service.models_here()]
         chosen = gr.Dropdown(names, value=service.default_model())
         where = _where(service)
         return (
-            *components,
             chosen,
-            waits_html(t, _unused(service, found)),
+            waits_html(t, _unused(service, load_settings())),
             lan_html(t, where, Password(service.data).is_set),
             programs_html(t, where),
         )
 
-    outputs = [*fields, model, waits, others, programs]
+    outputs = [model, waits, others, programs]
 
     def keep(*values: Any) -> tuple[Any, ...]:
         changes = changes_of(values, load_settings())
         if changes.get("lan") and not Password(service.data).is_set:
             raise BadRequest("On the network, a password is needed.", "Set it below first.")
         save_settings(changes)
-        return show()
+        return (*fill(), *show())
 
     def protect(word: str) -> tuple[Any, ...]:
         Password(service.data).set(word)
         return ("", *show())
 
-    kit.on([kit.opened, tab.select], show, outputs=outputs)
-    kit.on(save.click, keep, fields, outputs, here_only=True)
+    kit.on(kit.opened, fill, outputs=fields)
+    kit.on(tab.select, show, outputs=outputs)
+    kit.on(save.click, keep, fields, [*fields, *outputs], here_only=True)
     pressed = [set_password.click, password.submit]
     kit.on(pressed, protect, [password], [password, *outputs], here_only=True)
     kit.on(model.input, lambda chosen: service.remember(model=chosen), [model])
@@ -185,14 +188,14 @@ def programs_html(t: Words, where: Running | None, do: str = "") -> str:
     if where is None:
         return ""
     said = t("Open WebUI, SillyTavern, LibreChat and others draw with these addresses.")
+    hidden = do != "reveal"
     facts = [
         fact("OpenAI Images", f"{where.url}/v1"),
-        fact("AUTOMATIC1111", where.url),
+        fact("AUTOMATIC1111", where.url if hidden else where.address),
         fact("MCP", f"{where.url}/mcp"),
         fact(t("Our own"), f"{where.url}/api"),
-        fact(t("Token, as API key or Bearer"), where.token if do == "reveal" else "••••••••"),
+        fact(t("Token, as API key or Bearer"), "••••••••" if hidden else where.token),
     ]
-    hidden = do != "reveal"
     show = button(t("Show the token"), "reveal") if hidden else button(t("Hide the token"), "hide")
     more = t("It is another one at every start, unless QIT_TOKEN sets it.")
     return (
