@@ -30,9 +30,9 @@ def shots(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(kept) if kept else tmp_path_factory.mktemp("shots")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory, browser: Browser, shots: Path) -> Iterator[Site]:
-    """`qit ui` in an empty home, over the fake worker; one for all tests."""
+    """`qit ui` in an empty home, over the fake worker; one for the tests of a module."""
     with process(tmp_path_factory.mktemp("home"), "--no-browser", command="ui") as running:
         yield Site(running.url, running.http, running.child, browser, shots)
 

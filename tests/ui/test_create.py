@@ -98,6 +98,7 @@ def test_the_plan_follows_the_controls(site: Site) -> None:
         visit.field("Steps").focus()
         expect(visit.field("Steps")).to_have_value("33")
         visit.step("Model", "ArrowUp")
+        expect(visit.field("Model")).to_have_value(re.compile(r"Qwen-Image\s"))
         visit.step("Model", "ArrowUp")
         expect(visit.field("Model")).to_have_value(re.compile("Practice model"))
         expect(visit.field("Steps")).to_have_value("20")
