@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import full_size
+from sections import write_section
 
 GIB = 1 << 30
 PROMPT = "a red circle left of a blue square on a yellow background, drawn with a soft brush"
@@ -55,7 +56,8 @@ def main() -> None:
     text = table(report)
     print(text)
     if options.docs:
-        write_section(options.docs, f"any card {options.model} {options.size}", text)
+        name = f"any card {options.model} {options.size}"
+        write_section(options.docs, name, text, add=True)
 
 
 def parse() -> argparse.Namespace:
@@ -644,17 +646,6 @@ def cells_of(row: dict[str, Any], plain: float) -> list[str]:
         f"{row['seconds'][1]['encode']:.3f}",
         f"{row['seconds'][2]['encode'] * 1000:.1f}",
     ]
-
-
-def write_section(file: Path, name: str, text: str) -> None:
-    """Put `text` between the marks of `name`, at the end where there are none."""
-    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-    old = file.read_text(encoding="utf-8")
-    if begin not in old:
-        old = f"{old.rstrip()}\n\n{begin}\n{end}\n"
-    before, rest = old.split(begin)
-    after = rest.split(end)[1]
-    file.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

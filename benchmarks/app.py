@@ -44,8 +44,8 @@ from qwen_image_tool.settings import Settings
 from qwen_image_tool.supervisor import COMMAND
 from qwen_image_tool.types import Preview, Request, Stepped
 from running import BEARER, Live, process, server, wait
+from sections import PAGE, write_section
 
-PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 BODY = {"model": "practice", "prompt": "a red circle left of a blue square", "seed": 1}
 SMALL = {"size": "64x64", "steps": 2}
 
@@ -496,15 +496,6 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
-def write_section(name: str, text: str) -> None:
-    begin, end = f"<!-- server {name} -->", f"<!-- end of server {name} -->"
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(begin)
-    _, mark, after = rest.partition(end)
-    if not mark:
-        raise SystemExit(f"{PAGE} has no lines {begin} and {end}")
-    PAGE.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
-
-
 def _origin(name: str, options: argparse.Namespace, busy: float) -> str:
     more = f" --faults {options.faults} --examples {options.examples}" if name == "faults" else ""
     where = f"{cpu_name()}, {cores()} cores, {platform.system()}, load {busy:.0f} before"
@@ -527,7 +518,8 @@ def main() -> None:
             found = PARTS[name](options, Path(folder))
         print(json.dumps({name: found}), flush=True)
         if options.write:
-            write_section(name, f"{_origin(name, options, busy)}\n\n{TABLES[name](found)}")
+            table = f"{_origin(name, options, busy)}\n\n{TABLES[name](found)}"
+            write_section(PAGE, f"server {name}", table)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from typing import Any
 
 import any_card
 import full_size
+from sections import write_section
 
 PIECE = 16 << 20
 
@@ -43,7 +44,7 @@ def main() -> None:
     text = table(report)
     print(text)
     if options.docs:
-        any_card.write_section(options.docs, f"cold start {options.model}", text)
+        write_section(options.docs, f"cold start {options.model}", text, add=True)
 
 
 def parse() -> argparse.Namespace:

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import full_size
-from any_card import write_section
 from qwen_image_tool.app import library_versions
 from qwen_image_tool.device import cores, cpu_name, memory
+from sections import write_section
 
 GIB = 1 << 30
 
@@ -67,7 +67,7 @@ def main() -> None:
     }
     print(json.dumps(figures, indent=None if options.json else 2))
     if options.docs:
-        write_section(options.docs, "cpu full size", table(figures))
+        write_section(options.docs, "cpu full size", table(figures), add=True)
 
 
 def table(figures: dict[str, Any]) -> str:

@@ -31,10 +31,9 @@ from qwen_image_tool.device import cpu_name
 from qwen_image_tool.engine import vae
 from qwen_image_tool.engine.probe import torch_facts
 from qwen_image_tool.types import Size
+from sections import PAGE, write_section
 
 GIB = 2**30
-PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
-BEGIN, END = "<!-- decode -->", "<!-- end of decode -->"
 CLASSES: dict[Family, Any] = {
     "qwen-image": AutoencoderKLQwenImage,
     "qwen-image-2.1": AutoencoderKLQwenImage21,
@@ -74,7 +73,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     else:
         print(json.dumps(report))
     if options.write:
-        write(table(report))
+        write_section(PAGE, "decode", table(report))
     return rows
 
 
@@ -214,16 +213,6 @@ def table(report: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     head = f"`benchmarks/decode.py`: {report['machine']}, {versions}; bfloat16, random weights."
     return "\n".join([head, "", f"| {' | '.join(HEADINGS)} |", "|---" * len(HEADINGS) + "|", *body])
-
-
-def write(text: str) -> None:
-    """Put the table between its marks in docs/benchmarks.md."""
-    page = PAGE.read_text(encoding="utf-8")
-    before, _, rest = page.partition(BEGIN)
-    _, mark, after = rest.partition(END)
-    if not mark:
-        raise SystemExit(f"{PAGE} has no lines {BEGIN} and {END}")
-    PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
 
 
 def machine(device: str) -> str:

@@ -35,8 +35,8 @@ from dev import find_browser
 from qwen_image_tool.device import cores, cpu_name
 from qwen_image_tool.gallery.index import Index
 from running import TOKEN, process
+from sections import PAGE, write_section
 
-DOCS = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 LIMITS = {
     "painted_seconds": 2.0,
     "interactive_ratio": 1.4,
@@ -280,15 +280,6 @@ def table(report: dict[str, Any]) -> str:
     return TABLE.format(**report, rows="\n".join(rows))
 
 
-def write_section(text: str) -> None:
-    begin, end = "<!-- page -->", "<!-- end of page -->"
-    before, _, rest = DOCS.read_text(encoding="utf-8").partition(begin)
-    _, mark, after = rest.partition(end)
-    if not mark:
-        raise SystemExit(f"{DOCS} has no lines {begin} and {end}")
-    DOCS.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
-
-
 PARTS: dict[str, Callable[[Browser, Path], dict[str, Any]]] = {
     "start": start,
     "plan": plan,
@@ -320,7 +311,7 @@ def main() -> int:
     missed = [name for name, limit in LIMITS.items() if report.get(name, 0) > limit]
     print(json.dumps(report | {"missed": missed}))
     if arguments.write:
-        write_section(table(report))
+        write_section(PAGE, "page", table(report))
     return 1 if missed else 0
 
 

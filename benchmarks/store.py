@@ -42,9 +42,9 @@ from qwen_image_tool.store import verify
 from qwen_image_tool.store.hub import Hub
 from qwen_image_tool.store.library import Library
 from qwen_image_tool.store.record import Kept, Record
+from sections import PAGE, write_section
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "benchmarks.md"
 MODEL = load_catalog().find("qwen-image")
 CONFIGS = [f"{name}/{file}" for name, file in verify.CONFIGS.items() if name in MODEL.components]
 TABLE = """\
@@ -310,15 +310,6 @@ def table(report: dict[str, Any]) -> str:
     )
 
 
-def write_section(text: str) -> None:
-    begin, end = "<!-- store -->", "<!-- end of store -->"
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(begin)
-    _, mark, after = rest.partition(end)
-    if not mark:
-        raise SystemExit(f"{PAGE} has no lines {begin} and {end}")
-    PAGE.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="smaller files, fewer pairs")
@@ -353,7 +344,7 @@ def main() -> int:
     )
     print(json.dumps(report))
     if arguments.write:
-        write_section(table(report))
+        write_section(PAGE, "store", table(report))
     return 0 if report["passed"] else 1
 
 

@@ -201,7 +201,9 @@ def test_the_benchmark_runs_and_writes_its_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page = tmp_path / "benchmarks.md"
-    page.write_text(f"Before\n{benchmark.BEGIN}\nold\n{benchmark.END}\nAfter\n", encoding="utf-8")
+    page.write_text(
+        "Before\n<!-- decode -->\nold\n<!-- end of decode -->\nAfter\n", encoding="utf-8"
+    )
     monkeypatch.setattr(benchmark, "PAGE", page)
     arguments = ["--device", "cpu", "--small", "--sizes", "64", "--repeats", "1", "--write"]
     rows = benchmark.main([*arguments, "--json", str(tmp_path / "figures.json")])

@@ -50,7 +50,7 @@ def make_single_frame(vae: Any, faithful: bool) -> None:
 
     `faithful`: a convolution stays the operation that diffusers calls where a GPU's kernels for
     the shorter one add in another order, so that bfloat16 is rounded to the same numbers. That is
-    slower, and still faster than diffusers' decoder.
+    slower.
     """
     vae.decoder = _Decoder(vae.post_quant_conv, vae.decoder, faithful)
 
