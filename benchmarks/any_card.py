@@ -262,6 +262,7 @@ def predict(request: Any, installed: Any, here: Any, plan: Any) -> dict[str, Any
         plan.dtype,
         plan.placement,
         plan.text_placement,
+        plan.single_frame,
         plan.strips,
         plan.compiled,
         plan.attention,

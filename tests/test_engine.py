@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensor
 
 import tiny
 from qwen_image_tool.catalog import load_catalog
-from qwen_image_tool.engine import compiled
+from qwen_image_tool.engine import compiled, vae
 from qwen_image_tool.engine import denoise as denoising
 from qwen_image_tool.engine.engine import Engine, Run
 from qwen_image_tool.errors import BrokenPicture, Cancelled, OutOfMemory
@@ -112,6 +112,36 @@ def test_cancelling_at_any_time_leaves_the_memory_as_it_was(folder: Path) -> Non
         after += max(1, after // 2)
         tried += 1
     assert tried > 7
+
+
+def test_the_picture_is_decoded_in_the_memory_of_the_slots(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the next prompt is read there; also where a run was cancelled while it drew."""
+    engine = Engine(locate(str(folder), load_catalog(), Path()))
+    plain, seen = vae.decode, []
+
+    def slots() -> list[bool]:
+        assert engine._parts
+        blocks = engine._parts.transformer.blocks
+        return [next(block.parameters()).is_meta for block in blocks]
+
+    def decode(*args: Any) -> Any:
+        seen.append(slots())
+        return plain(*args)
+
+    monkeypatch.setattr(vae, "decode", decode)
+    first = draw(engine, [plan()], [])
+    assert seen == [[False, False, True, True]] * 2, "two residents, two slots, two pictures"
+    steps: list[Event] = []
+    with pytest.raises(Cancelled):
+        engine.run(
+            REQUEST, [plan()], steps.append, lambda: any(isinstance(e, Stepped) for e in steps)
+        )
+    assert slots() == [False, False, True, True]
+    again = draw(engine, [plan()], [])
+    assert [i.tobytes() for i in again.images] == [i.tobytes() for i in first.images]
+    engine.release()
 
 
 def test_the_next_plan_follows_when_the_memory_runs_out(

@@ -271,10 +271,20 @@ def test_exact_mode_keeps_what_diffusers_does() -> None:
     on = device("cuda", 64, 24, rates=rates)
     default, exact = plan(on), plan(on, mode="exact")
     assert (default.attention, default.compiled) == ("_native_cudnn", True)
-    assert (exact.attention, exact.compiled, exact.strips) == ("", False, 1)
+    assert (exact.attention, exact.compiled, exact.single_frame) == ("", False, False)
     tight = plan(device("cuda", 64, 4, rates=rates), mode="exact")
-    assert tight.strips > 1
-    assert any("two levels of 255" in reason for reason in tight.reasons)
+    assert (tight.single_frame, tight.strips) == (True, 1)
+    assert any("one level of 255" in reason for reason in tight.reasons)
+    tighter = plan(device("cuda", 64, 3.5, rates=rates), mode="exact")
+    assert tighter.strips > 1
+    assert any("two levels of 255" in reason for reason in tighter.reasons)
+
+
+def test_exact_mode_falls_back_to_the_smaller_decoder() -> None:
+    first, *others = plans(device("cuda", 64, 24), mode="exact")
+    assert not first.single_frame
+    assert [each.strips for each in others if each.single_frame][:2] == [1, 2]
+    assert "With a decoder that takes less memory than diffusers'." in [o.reasons[0] for o in others]
 
 
 def test_fallbacks_come_in_order() -> None:

@@ -2,7 +2,9 @@
 
 import itertools
 import shutil
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +77,9 @@ def test_every_block_is_there_when_it_runs(count: int, resident: int, slots: int
 
 def test_the_prefetch_runs_ahead_and_wraps_into_the_next_step() -> None:
     made, recorder, _ = ring(4, 0, 2)
-    assert [block for block, _ in recorder.started] == [0, 1]
+    assert not recorder.started
     walk = made.walk()
+    assert [block for block, _ in recorder.started] == [0, 1]
     next(walk)
     next(walk)
     assert [block for block, _ in recorder.started] == [0, 1, 2]
@@ -99,16 +102,16 @@ def test_too_few_streamed_blocks_for_the_slots_are_a_mistake() -> None:
         ring(4, 3, 2)
 
 
-def test_walks_that_stand_alone_prefetch_nothing_for_the_next() -> None:
-    recorder = Recorder()
-    modules: list[nn.Module] = [nn.Identity() for _ in range(2)]
-    made = Ring(5, {}, modules, recorder, wraps=False)
-    assert not recorder.started
+@pytest.mark.parametrize("before", [0, 1, 3])
+def test_the_last_walk_prefetches_nothing(before: int) -> None:
+    made, recorder, modules = ring(5, 0, 2)
     for _ in range(2):
         recorder.started.clear()
-        for number, module in made.walk():
-            assert recorder.holds[modules.index(module)] == number
-        assert [block for block, _ in recorder.started] == [0, 1, 2, 3, 4]
+        for last in [False] * before + [True]:
+            for number, module in made.walk(last):
+                assert recorder.holds[modules.index(module)] == number
+        fills = [block for block, _ in recorder.started]
+        assert fills == [0, 1, 2, 3, 4] * (before + 1)
 
 
 @pytest.mark.parametrize("count", [1, 7, 60])
@@ -226,6 +229,34 @@ def test_a_disk_that_fails_in_mid_run_is_said(folder: Path, tmp_path: Path) -> N
         shard.write_bytes(shard.read_bytes()[:100])
     with pytest.raises(ModelMissing, match="ends too early"):
         list(walk)
+    placed.close()
+
+
+@pytest.mark.usefixtures("_no_grad")
+def test_a_fill_from_a_slow_disk_does_not_hold_up_a_rest(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, began, ended = weights.read, threading.Event(), threading.Event()
+    fills = itertools.count()
+
+    def slow(pairs: Any, is_cancelled: Callable[[], bool] = lambda: False) -> None:
+        if next(fills) == 2:  # two slots are full
+            began.set()
+            while not is_cancelled():
+                time.sleep(0.01)
+            ended.set()
+        plain(pairs, is_cancelled=is_cancelled)
+
+    placement = Placement(blocks=6, resident=0, slots=2, source="disk")
+    placed = Transformer(folder, placement, torch.device("cpu"), torch.bfloat16, Reader())
+    monkeypatch.setattr(weights, "read", slow)
+    walk = placed.walk()
+    next(walk)
+    next(walk)  # the first slot is filled anew
+    assert began.wait(60)
+    placed.rest()
+    assert ended.is_set()
+    assert [number for number, _ in placed.walk(last=True)] == list(range(6))
     placed.close()
 
 

@@ -46,6 +46,7 @@ def plan_for(dtype: torch.dtype, size: Size) -> Plan:
         dtype="bfloat16" if dtype == torch.bfloat16 else "float32",
         working_size=size,
         mode="exact",
+        single_frame=False,
         forwards=1,
         placement=Placement(blocks=2, resident=2),
         text_placement=Placement(blocks=2, resident=2),

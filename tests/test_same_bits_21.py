@@ -88,6 +88,7 @@ class Ours:
             device="cpu",
             dtype="bfloat16" if self.dtype == torch.bfloat16 else "float32",
             mode="exact",
+            single_frame=False,
             working_size=request.size.rounded_up(32),
             forwards=1,
             placement=placements[0],

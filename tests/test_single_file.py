@@ -123,6 +123,7 @@ def plan(model: Model) -> Plan:
         dtype="bfloat16",
         working_size=Size(64, 64),
         mode="exact",
+        single_frame=False,
         forwards=1,
         placement=blocks,
         text_placement=layers,

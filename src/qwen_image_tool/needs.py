@@ -32,6 +32,7 @@ class Way:
     dtype: Literal["bfloat16", "float32"]
     blocks: Placement
     text: Placement
+    single_frame: bool = True  # our decoder, which has strips; else diffusers' own, for its bits
     strips: int = 1
     compiled: bool = False
     attention: str = ""
@@ -63,11 +64,12 @@ class Needs:
         return _streamed(way.blocks) * self.installed.blocks.bytes * _widened(way)
 
     def drawing_bytes(self, way: Way) -> int:
-        """Device memory that a step takes beside weights: the streams in lockstep, and the block
-        that is computed."""
+        """Device memory that the steps take and give back: the slots, the streams in lockstep, and
+        the block that is computed."""
         family, hidden = self._family, self._hidden_bytes(way)
         streams = family.held * self.passes + family.working
-        return int(streams * hidden) + self._workspace(way)
+        slots = _widened(way) * way.blocks.slots * self.installed.blocks.bytes
+        return slots + int(streams * hidden) + self._workspace(way)
 
     def decoding_bytes(self, way: Way) -> int:
         """Device memory that the VAE takes beside weights, for one picture."""
@@ -75,7 +77,7 @@ class Needs:
         decoding = DECODINGS[model.family]
         share = model.decode_bytes_per_pixel / decoding.whole * _widened(way)
         taken = float(self.working.pixels * decoding.whole)  # with all its kernels take
-        if self._single_frame(way):
+        if way.single_frame:
             taken = decoding.bytes(self.working, way.strips) * self._family.decode_slack
         return int(taken * share) + self._workspace(way)
 
@@ -123,24 +125,24 @@ class Needs:
     # Memory
 
     def _device_bytes(self, way: Way) -> dict[PhaseName, int]:
-        """Where it is computed: on the GPU, or in RAM. The ring's buffers come with the first step
-        and stay: the next request loads and encodes beside them. The modulation table is made while
-        the prompt is read."""
+        """Where it is computed: on the GPU, or in RAM. The modulation table is made while the prompt
+        is read. What is compiled is tried once before the first step."""
         model, wide = self.installed, _widened(way)
         layers = model.text_layers
         kept = wide * (
             outer_bytes(model)
             + 2 * model.vae_parameters
-            + (way.blocks.resident + way.blocks.slots) * model.blocks.bytes
+            + way.blocks.resident * model.blocks.bytes
             + way.text.resident * layers.bytes
         )
         reading = wide * (way.text.slots * layers.bytes + self._reading_bytes())
         rows = wide * self._rows_bytes()
         making = max(rows, wide * PASSING * model.blocks.modulation_bytes)
+        drawing = rows + self.drawing_bytes(way)
         return {
-            "load": kept + making,
+            "load": kept + (max(making, drawing) if way.compiled else making),
             "encode": kept + making + reading,
-            "denoise": kept + rows + self.drawing_bytes(way),
+            "denoise": kept + drawing,
             "decode": kept + rows + self.decoding_bytes(way),
         }
 
@@ -182,10 +184,6 @@ class Needs:
 
     def _workspace(self, way: Way) -> int:
         return 0 if way.device == "cpu" else self.costs.workspace_bytes
-
-    def _single_frame(self, way: Way) -> bool:
-        """Our decoder, which has strips; else diffusers' own, for its bits."""
-        return not self.exact or way.strips > 1
 
     # Reads
 

@@ -7,6 +7,7 @@ each way takes.
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Literal
 
 from qwen_image_tool.catalog import DEFAULT_MODEL
 from qwen_image_tool.errors import TROUBLES, BadRequest, CannotRun, trouble_in
@@ -99,20 +100,24 @@ def _gpu_ways(needs: Needs) -> Iterator[Way]:
     """From the most memory to the least, what is streamed without its source yet."""
     blocks, layers = needs.installed.blocks, needs.installed.text_layers
     text = _streaming(layers, 0) or _resident(layers)
-    yield from _smaller(needs, Way(needs.device.torch_name, "bfloat16", _resident(blocks), text))
+    way = Way(needs.device.torch_name, "bfloat16", _resident(blocks), text, not needs.exact)
+    yield from _smaller(needs, way)
 
 
 def _smaller(needs: Needs, way: Way) -> Iterator[Way]:
-    """The way with more strips, then with fewer residents. In exact mode diffusers' own decoder,
-    which has no strips, is worth more than residents."""
+    """The way with more strips, then with fewer residents, then with as many strips as it takes. In
+    exact mode diffusers' own decoder is worth more than residents, and so is the whole frame at a
+    time."""
     strips, placements = _strips(needs, way), list(_placements(needs.installed.blocks))
     if needs.exact:
-        pairs = [(placement, count) for count in (1, strips) for placement in placements]
+        decoders = [(False, 1), (True, 1), (True, strips)]
+        found = [(placement, *decoder) for decoder in decoders for placement in placements]
     else:
-        pairs = [(way.blocks, count) for count in range(1, strips)]
-        pairs += [(placement, strips) for placement in placements]
-    for placement, count in pairs:
-        yield replace(way, blocks=placement, strips=count)
+        found = [(way.blocks, True, count) for count in range(1, strips)]
+        found += [(placement, True, strips) for placement in placements]
+    found += [(placements[-1], True, count) for count in range(strips + 1, needs.most_strips + 1)]
+    for placement, single_frame, count in found:
+        yield replace(way, blocks=placement, single_frame=single_frame, strips=count)
 
 
 def _with_sources(needs: Needs, way: Way, vram: float) -> Way | None:
@@ -135,8 +140,10 @@ def _computed(needs: Needs, way: Way) -> Way:
         return way
     way = replace(way, attention=needs.device.rates.attention_backend)
     compiled = replace(way, compiled=True)
+    if not needs.device.rates.compiler or not _fits(needs, compiled):
+        return way
     eager_seconds, compiled_seconds = needs.denoise_seconds(way), needs.denoise_seconds(compiled)
-    if not needs.device.rates.compiler or eager_seconds is None or compiled_seconds is None:
+    if eager_seconds is None or compiled_seconds is None:
         return way
     return compiled if compiled_seconds < eager_seconds else way
 
@@ -150,17 +157,21 @@ def _cpu_ways(needs: Needs) -> Iterator[Way]:
     """From the most memory to the least."""
     blocks, layers = needs.installed.blocks, needs.installed.text_layers
     small = needs.installed.weight_bytes * 2 <= FLOAT32_LIMIT
-    way = Way("cpu", "float32" if small else "bfloat16", _resident(blocks), _resident(layers))
+    dtype: Literal["bfloat16", "float32"] = "float32" if small else "bfloat16"
+    way = Way("cpu", dtype, _resident(blocks), _resident(layers), not needs.exact)
     yield way
     once = replace(way, text=_streaming(layers, 0) or way.text)
     yield from (_from(smaller, "disk", "disk") for smaller in _smaller(needs, once))
 
 
 def _strips(needs: Needs, way: Way) -> int:
-    """As few as let the decoder take no more than drawing did, so that it costs no resident."""
-    limit, most = needs.drawing_bytes(way), needs.most_strips
-    strips = range(1, most)
-    return next((n for n in strips if needs.decoding_bytes(replace(way, strips=n)) <= limit), most)
+    """As few as let the decoder take no more than drawing did and a block, so that the fewer cost
+    one resident at most."""
+    blocks = needs.installed.blocks
+    streaming = replace(way, blocks=_streaming(blocks, 0) or way.blocks)
+    limit, most = needs.drawing_bytes(streaming) + blocks.bytes, needs.most_strips
+    ways = (replace(way, single_frame=True, strips=n) for n in range(1, most))
+    return next((way.strips for way in ways if needs.decoding_bytes(way) <= limit), most)
 
 
 def _resident(blocks: Blocks) -> Placement:
@@ -243,7 +254,7 @@ def _smallest(needs: Needs) -> Way:
     ways = [*_cpu_ways(needs)][-1:]
     if needs.device.kind != "cpu":
         ways.append(_from([*_gpu_ways(needs)][-1], "disk", "disk"))
-    ways += [replace(way, strips=needs.most_strips) for way in ways]
+    ways += [replace(way, single_frame=True, strips=needs.most_strips) for way in ways]
     return min(ways, key=lambda way: _lack(needs, way))
 
 
@@ -262,9 +273,11 @@ def _fallbacks(needs: Needs, way: Way) -> Iterator[tuple[Way, str]]:
     if careful and careful.blocks.resident < eager.blocks.resident:
         eager = replace(careful, compiled=False, attention="")
         yield eager, "With fewer blocks in the GPU's memory."
-    if not needs.exact or eager.strips > 1:  # else diffusers' own decoder, which has none
-        eager = replace(eager, strips=min(needs.most_strips, 2 * eager.strips))
-        yield eager, "With the picture decoded in more parts."
+    if not eager.single_frame:
+        eager = replace(eager, single_frame=True)
+        yield eager, "With a decoder that takes less memory than diffusers'."
+    eager = replace(eager, strips=min(needs.most_strips, 2 * eager.strips))
+    yield eager, "With the picture decoded in more parts."
     for source in ("pageable", "disk"):
         slower = _from(eager, source, source)
         if _may(needs.device, source) and _fits(needs, slower):
@@ -288,6 +301,7 @@ def _plan(needs: Needs, way: Way, instead: str = "") -> Plan:
         forwards=needs.steps * needs.passes,
         compiled=way.compiled,
         attention=way.attention,
+        single_frame=way.single_frame,
         strips=way.strips,
         placement=way.blocks,
         text_placement=way.text,
@@ -320,7 +334,7 @@ def _reasons(needs: Needs, way: Way) -> Iterator[str]:
     yield from _why_mode(needs, way)
     if way.strips > 1:
         yield (
-            f"The picture is decoded in {way.strips} strips, to take no more memory than drawing."
+            f"The picture is decoded in {way.strips} strips, to take little more memory than drawing."
         )
     if _limit(needs, way):
         yield f"torch may take {_gib(_limit(needs, way))}: it fails there instead of spilling over."
@@ -409,10 +423,11 @@ def _why_text(needs: Needs, way: Way) -> Iterator[str]:
 def _why_mode(needs: Needs, way: Way) -> Iterator[str]:
     if needs.exact:
         yield "Exact: nothing is compiled and attention is torch's own."
-        if way.strips > 1:
+        if way.single_frame:
+            levels = "one level" if way.strips == 1 else "two levels"
             yield (
-                "diffusers' decoder does not fit: pixels may differ from its own by two levels"
-                " of 255."
+                f"diffusers' decoder does not fit: pixels may differ from its own by {levels} of"
+                " 255."
             )
     elif way.compiled:
         saved = (needs.denoise_seconds(replace(way, compiled=False)) or 0) - (

@@ -221,7 +221,10 @@ class Plan(Value):
     attention: str = Field(
         default="", description="diffusers' name of the attention backend; empty: torch's choice"
     )
-    strips: int = Field(default=1, description="Parts that a picture is decoded in")
+    single_frame: bool = Field(
+        default=True, description="Our own decoder makes the pixels; else diffusers', for its bits"
+    )
+    strips: int = Field(default=1, description="Parts that our decoder works a picture in")
     placement: Placement = Field(description="Of the transformer's blocks")
     text_placement: Placement = Field(description="Of the text encoder's layers")
     vram_limit_bytes: int = Field(
@@ -243,11 +246,6 @@ class Plan(Value):
             for plan in (self, other)
         )
         return ours == theirs
-
-    @property
-    def single_frame(self) -> bool:
-        """Our own decoder, which has strips, makes the pixels; else diffusers', for its bits."""
-        return self.mode != "exact" or self.strips > 1
 
     @property
     def ram_bytes(self) -> int:

@@ -136,16 +136,17 @@ class Engine:
                 sketch = parts.sketch(self._previews)
                 if sketch:
                     watch.preview = lambda latents: sketch.draw(family.unpack(latents[:1], grid)[0])
-                latents = denoise(
-                    forward,
-                    latents,
-                    parts.scheduler,
-                    timesteps,
-                    conditions,
-                    family.guide,
-                    request.cfg,
-                    watch.stepped,
-                )
+                with parts.drawing():
+                    latents = denoise(
+                        forward,
+                        latents,
+                        parts.scheduler,
+                        timesteps,
+                        conditions,
+                        family.guide,
+                        request.cfg,
+                        watch.stepped,
+                    )
                 check_latents(latents)
 
             # 5. From latents to pixels, one picture at a time
@@ -286,6 +287,15 @@ class _Parts:
         made = iter(self._read_prompts(new, reader, watch) if new else ())
         hidden = [next(made) if states is None else states.to(self.device) for states in known]
         return [states[:, self.tokenizer.dropped :] for states in hidden]
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """While the transformer walks: after it, the picture is decoded in the memory of its slots,
+        and the next prompt is read there."""
+        try:
+            yield
+        finally:
+            self.transformer.rest()
 
     def sketch(self, folder: Path | None) -> Sketch | None:
         """Draws previews of this VAE's latents."""

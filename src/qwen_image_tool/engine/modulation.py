@@ -90,11 +90,11 @@ class Modulation:
             blocks=len(self._taken), resident=0, slots=min(2, len(self._taken)), source="disk"
         )
         blocks = placed.Blocks(
-            self._taken, *self._from, placement, self._device, self._dtype, reader, wraps=False
+            self._taken, *self._from, placement, self._device, self._dtype, reader
         )
         rows = []
         try:
-            for _, modules in blocks.walk():
+            for _, modules in blocks.walk(last=True):
                 reader.check()
                 image, text = (modules.get_submodule(part) for part in PARTS)
                 rows.append(torch.stack([torch.cat([image(t), text(t[:1])]) for t in tembs]))

@@ -30,8 +30,7 @@ class Blocks:
     """Repeated blocks of one shape, `prefix` + "0.", "1." ... in the checkpoint, placed by a plan.
 
     `modules` are on the meta device and have the parameters that are to be loaded. What stays, on
-    the device or in host memory, is read in the background from here on, by `reader`. `wraps`:
-    walks follow each other, so that the end of one fills the slots for the next. Raises
+    the device or in host memory, is read in the background from here on, by `reader`. Raises
     ModelMissing where the checkpoint does not have them.
     """
 
@@ -44,10 +43,9 @@ class Blocks:
         device: torch.device,
         dtype: torch.dtype,
         reader: Reader,
-        wraps: bool = True,
     ) -> None:
         self._modules, self._prefix, self._checkpoint = modules, prefix, checkpoint
-        self._placement, self._device, self._wraps = placement, device, wraps
+        self._placement, self._device = placement, device
         self._layout = Layout.of(modules[0], dtype)
         self._residents = interleaved(len(modules), placement.resident)
         kept = set(self._residents)
@@ -55,7 +53,7 @@ class Blocks:
         self._slots = [copy.deepcopy(modules[0]) for _ in range(placement.slots)]
         self._ring: Ring | None = None
         self._host: dict[int, HostMemory] = {}
-        self._closed = threading.Event()
+        self._closed, self._resting = threading.Event(), threading.Event()
         # What is missing is said before anything is read
         stored = [self._layout.stored(checkpoint, f"{prefix}{n}.") for n in range(len(modules))]
         slabs = [self._device_memory() for _ in self._residents]
@@ -72,12 +70,13 @@ class Blocks:
         """Those that walks give: the residents, and the slots."""
         return [*(self._modules[number] for number in self._residents), *self._slots]
 
-    def walk(self) -> Iterator[tuple[int, nn.Module]]:
-        """Every block in order, ready to run on the device; waits until what stays is read."""
+    def walk(self, last: bool = False) -> Iterator[tuple[int, nn.Module]]:
+        """Every block in order, ready to run on the device; waits until what stays is read. No
+        other walk follows the `last` one soon: it fills no slot for the next."""
         self.loading.result()
         if self._ring is None:
             self._ring = self._make_ring()
-        return self._ring.walk()
+        return self._ring.walk(last)
 
     @contextmanager
     def any(self) -> Iterator[nn.Module]:
@@ -94,6 +93,7 @@ class Blocks:
     def rest(self) -> None:
         """Give the memory of the slots back until the next walk."""
         if self._ring and self._slots:
+            self._resting.set()
             self._ring.close()
             self._ring = None
             for module in self._slots:
@@ -103,8 +103,7 @@ class Blocks:
         """End what runs in the background, and give the memory back."""
         self._closed.set()
         wait([self.loading])
-        if self._ring:
-            self._ring.close()
+        self.rest()
         for memory in self._host.values():
             memory.close()
         self._host.clear()
@@ -141,16 +140,19 @@ class Blocks:
         for module, slot in zip(self._slots, slots, strict=True):
             self._layout.attach(module, slot)
         transfer = self._stream(slots) if slots else None
-        return Ring(len(self._modules), residents, self._slots, transfer, self._wraps)
+        return Ring(len(self._modules), residents, self._slots, transfer)
 
     def _stream(self, slots: Sequence[torch.Tensor]) -> Transfer:
         """What fills the slots, from where the streamed blocks are."""
         if not self._host:
-            # Not by the reader: a fill that runs ahead of a cancelled run serves the next one
-            return self._transfer(lambda n, slab: weights.read(self._reads(n, slab)), slots)
+            self._resting.clear()
+            return self._transfer(self._fill_from_disk, slots)
         if all(memory.locked for memory in self._host.values()):
             return PinnedCopies(lambda number: self._host[number].tensor, slots)
         return self._transfer(lambda n, slab: slab.copy_(self._host[n].tensor), slots)
+
+    def _fill_from_disk(self, number: int, slab: torch.Tensor) -> None:
+        weights.read(self._reads(number, slab), is_cancelled=self._resting.is_set)
 
     def _transfer(self, fill: Fill, slots: Sequence[torch.Tensor]) -> Transfer:
         if self._device.type == "cpu":

@@ -2,7 +2,7 @@
 
 A slot is a block's module over one preallocated buffer. Fill number f puts streamed block f mod m
 into slot f mod k, and is started as soon as fill f - k has been used: the copies run ahead of the
-computation by k blocks, and where walks follow each other past the end of one into the next.
+computation by k blocks, past the end of a walk into the one that follows.
 """
 
 import itertools
@@ -34,8 +34,7 @@ class Transfer(Protocol):
 
 class Ring:
     """`count` blocks in their order. `residents` maps block numbers to modules; `slots` are the
-    modules that the other blocks take turns in, filled by `transfer`. `wraps`: the end of a walk
-    already fills the slots for the next one."""
+    modules that the other blocks take turns in, filled by `transfer`."""
 
     def __init__(
         self,
@@ -43,30 +42,28 @@ class Ring:
         residents: Mapping[int, nn.Module],
         slots: Sequence[nn.Module],
         transfer: Transfer | None,
-        wraps: bool = True,
     ) -> None:
         self._count = count
         self._residents = residents
         self._slots = slots
         self._transfer = transfer
-        self._wraps = wraps
         self._streamed = [block for block in range(count) if block not in residents]
         # Number of the fill that the next walk begins with; None where the slots hold nothing
         self._next: int | None = None
         if self._streamed and (transfer is None or not 1 <= len(slots) <= len(self._streamed)):
             raise ValueError(f"{len(self._streamed)} streamed blocks do not fit {len(slots)} slots")
-        if wraps:
-            self._begin()
 
-    def walk(self) -> Iterator[tuple[int, nn.Module]]:
-        """Every block once, in order, ready to run; the first fills begin at this call. After one
-        that was left early the next walk fills the slots anew."""
+    def walk(self, last: bool = False) -> Iterator[tuple[int, nn.Module]]:
+        """Every block once, in order, ready to run; the first fills begin at this call. The end of
+        a walk fills the slots for the next one, unless it is the `last`. After one that was left
+        early the next walk fills them anew."""
         if self._next is None:
             self._begin()
-        return self._take_turns()
+        return self._take_turns(last)
 
-    def _take_turns(self) -> Iterator[tuple[int, nn.Module]]:
+    def _take_turns(self, last: bool) -> Iterator[tuple[int, nn.Module]]:
         fill, self._next = self._next or 0, None
+        fills = fill + len(self._streamed)
         for block in range(self._count):
             if block in self._residents:
                 yield block, self._residents[block]
@@ -78,10 +75,10 @@ class Ring:
                 yield block, self._slots[slot]
             finally:
                 self._transfer.release(slot)
-            self._start(fill + len(self._slots))
+            if not last or fill + len(self._slots) < fills:
+                self._start(fill + len(self._slots))
             fill += 1
-        if self._wraps:
-            self._next = fill
+        self._next = None if last else fill
 
     def close(self) -> None:
         if self._transfer:
@@ -89,10 +86,7 @@ class Ring:
 
     def _start(self, fill: int) -> None:
         assert self._transfer
-        if self._wraps or fill < len(self._streamed):
-            self._transfer.start(
-                self._streamed[fill % len(self._streamed)], fill % len(self._slots)
-            )
+        self._transfer.start(self._streamed[fill % len(self._streamed)], fill % len(self._slots))
 
     def _begin(self) -> None:
         for fill in range(len(self._slots)):

@@ -95,7 +95,6 @@ class TextEncoder:
             device,
             dtype,
             reader,
-            wraps=False,
         )
 
     @property
@@ -111,7 +110,7 @@ class TextEncoder:
         Qwen2_5_VLTextModel.forward and Qwen3VLTextModel.forward without padding, where sdpa needs
         no mask to be causal.
         """
-        layers = self._layers.walk()  # the first are on their way while the words are read
+        layers = self._layers.walk(last=True)  # the first are on their way while the words are read
         states = [self._embed(ids) for ids in prompts]
         rotary = [self._rotary(state) for state in states]
         for _, layer in layers:

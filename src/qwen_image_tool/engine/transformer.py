@@ -53,9 +53,13 @@ class Transformer:
         """The modules that walks give."""
         return self._blocks.modules
 
-    def walk(self) -> Iterator[tuple[int, nn.Module]]:
-        """Every block in order, ready to run."""
-        return self._blocks.walk()
+    def walk(self, last: bool = False) -> Iterator[tuple[int, nn.Module]]:
+        """Every block in order, ready to run. After the `last` walk of a picture, `rest`."""
+        return self._blocks.walk(last)
+
+    def rest(self) -> None:
+        """Give the memory of the slots back until the next walk."""
+        self._blocks.rest()
 
     def any_block(self) -> AbstractContextManager[nn.Module]:
         """A block on the device, before the first walk; its weights may still be on their way."""

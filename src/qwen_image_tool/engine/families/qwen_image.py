@@ -156,7 +156,7 @@ class Forward:
         model, temb = self._transformer.model, self._tembs[step]
         pictures = [model.img_in(latents[i : i + 1]) for i in range(latents.shape[0])]
         streams = [(image, c.text, c.rotary) for image in pictures for c in conditions]
-        for number, block in self._transformer.walk():
+        for number, block in self._transformer.walk(last=step + 1 == len(self._tembs)):
             self._table.set(block, number, step)
             streams = [
                 (*reversed(block(image, text, None, temb, rotary)), rotary)

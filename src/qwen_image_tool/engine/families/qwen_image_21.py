@@ -180,7 +180,7 @@ class Forward:
         images = [picture for picture in pictures for _ in conditions]
         if step == 0:
             images = [torch.cat([c.text, i], 1) for i, (c, _) in zip(images, seen, strict=True)]
-        for number, block in self._transformer.walk():
+        for number, block in self._transformer.walk(last=step + 1 == len(self._tembs)):
             images = [
                 block(i, layer_cache=c.caches[number], **how)
                 for i, (c, how) in zip(images, seen, strict=True)
