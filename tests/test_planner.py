@@ -284,7 +284,9 @@ def test_exact_mode_falls_back_to_the_smaller_decoder() -> None:
     first, *others = plans(device("cuda", 64, 24), mode="exact")
     assert not first.single_frame
     assert [each.strips for each in others if each.single_frame][:2] == [1, 2]
-    assert "With a decoder that takes less memory than diffusers'." in [o.reasons[0] for o in others]
+    assert "With a decoder that takes less memory than diffusers'." in [
+        o.reasons[0] for o in others
+    ]
 
 
 def test_fallbacks_come_in_order() -> None:
