@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,10 +15,12 @@ from typing import Any
 import pytest
 
 import tiny
-from hub import LocalHub, serve
+from hub import Fault, LocalHub, serve
 from qwen_image_tool import device, logs
 from qwen_image_tool.app import App
 from qwen_image_tool.cli.commands import run
+from qwen_image_tool.cli.models import _pause_on_ctrl_c
+from qwen_image_tool.cli.screen import Screen
 from qwen_image_tool.rates import RateBook
 from qwen_image_tool.settings import load_settings
 from qwen_image_tool.types import Device, Rates
@@ -318,23 +319,40 @@ def test_ctrl_c_pauses(hub: LocalHub, home: Path) -> None:
     assert run(["models", "download", "qwen-image"]) == 0
 
 
-def test_a_second_ctrl_c_does_not_wait_for_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hub takes the connection and says nothing."""
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        monkeypatch.setenv("QIT_LOCAL_HUB", "1")
-        start = "from qwen_image_tool.cli import main; main()"
-        command = [sys.executable, "-c", start, "models", "download", "qwen-image"]
-        child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ.copy())
-        silent.settimeout(60)
-        connection, _ = silent.accept()
-        with connection:
-            child.send_signal(signal.SIGINT)
-            time.sleep(0.2)  # two signals at once are one
-            child.send_signal(signal.SIGINT)
-            _, err = child.communicate(timeout=15)
+STALLS = {
+    "the hub says nothing": Fault("hold", 99, where="api"),
+    "the list stops": Fault("stall", 99, 100, where="api"),
+    "the CDN says nothing": Fault("hold", 99),
+    "no byte comes": Fault("stall", 99, 0),
+    "in the middle": Fault("stall", 99, 20_000),
+}
+
+
+@pytest.mark.parametrize("fault", STALLS.values(), ids=STALLS)
+def test_ctrl_c_is_answered_at_once_where_the_connection_stalls(
+    hub: LocalHub, fault: Fault
+) -> None:
+    hub.faults = [fault]
+    start = "from qwen_image_tool.cli import main; main()"
+    command = [sys.executable, "-c", start, "models", "download", "qwen-image"]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ.copy())
+    until = time.monotonic() + 30
+    while not hub.holding and time.monotonic() < until:
+        time.sleep(0.02)
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=10)  # a stall is given up after 30 s, and held for 20
+    assert hub.holding, "the server has not given up"
     assert child.returncode == 130, err
-    assert "Stopped" in err
+    assert "Stopping ..." in err
+    assert "goes on from there" in err
+
+
+def test_a_second_ctrl_c_waits_for_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(KeyboardInterrupt), _pause_on_ctrl_c(Screen()) as control:
+        signal.raise_signal(signal.SIGINT)
+        assert control.stopped.is_set()
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 BIG = Device(

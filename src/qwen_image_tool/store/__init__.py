@@ -119,7 +119,8 @@ def _running(folder: Path, record: Record, model: Model, parts: Parts) -> str:
     if OWN in record.variants:
         return OWN
     if not record.variants:
-        raise ModelMissing(f"Of {model.name} only {', '.join(record.taken)} is here.", hint)
+        here = record.taken or [name for name in model.components if record.weights(name)]
+        raise ModelMissing(f"Of {model.name} only {', '.join(here) or 'texts'} is here.", hint)
     why = ""
     for name in record.variants:
         [(file, header)] = parts[transformer_folder(name)].weights.items()
