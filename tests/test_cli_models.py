@@ -347,11 +347,12 @@ def test_ctrl_c_is_answered_at_once_where_the_connection_stalls(
     assert "goes on from there" in err
 
 
-def test_a_second_ctrl_c_waits_for_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(KeyboardInterrupt), _pause_on_ctrl_c(Screen()) as control:
+def test_a_second_ctrl_c_waits_for_nothing() -> None:
+    with _pause_on_ctrl_c(Screen()) as control:
         signal.raise_signal(signal.SIGINT)
         assert control.stopped.is_set()
-        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
@@ -381,6 +382,41 @@ def test_recommendations_carry_their_reason() -> None:
     assert best.to_fetch == app.catalog.find("qwen-image-2.1-turbo").weight_bytes
     assert not any(each.runs for each in app.recommend(SMALL))
     assert "needs" in app.recommend(SMALL)[0].reason
+
+
+@pytest.mark.usefixtures("hub")
+@pytest.mark.parametrize("vram", [0, 4, 8, 16, 24, 48, 96])
+@pytest.mark.parametrize("ram", [8, 16, 32, 64, 128])
+def test_what_can_not_be_run_is_not_recommended(vram: int, ram: int) -> None:
+    """And where one storage alone runs, the reason says so."""
+    memory = {"ram_bytes": ram * GIB, "ram_free_bytes": ram * GIB * 9 // 10}
+    card = {"vram_bytes": vram * GIB, "vram_free_bytes": vram * GIB * 9 // 10}
+    here = Device(kind="cuda" if vram else "cpu", name="card", **memory, **card)
+    app = App(load_settings())
+    for each in app.recommend(here):
+        model = app.catalog.find(each.model)
+        variant = model.variant(each.variant)
+        assert not (variant and variant.unsupported)
+        smaller = [v for v in model.variants if v.bytes < model.components["transformer"].bytes]
+        only = all(v.unsupported for v in smaller)
+        assert (("This version runs bf16 alone" in each.reason) == only) or not each.runs
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_disk_that_is_too_full_is_said_and_put_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    app = App(load_settings())
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**9))
+    for each in app.recommend(BIG):
+        assert f"{each.to_fetch / 1e9:.1f} GB are to be fetched, and 1.0 GB of the disk" in (
+            each.reason
+        )
+        assert not each.fits_disk
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=40 * 10**9))
+    advice = app.recommend(BIG)
+    assert [each.fits_disk for each in advice] == sorted(each.fits_disk for each in advice)[::-1]
+    assert advice[0].fits_disk
+    assert "to be fetched" not in advice[0].reason
 
 
 def test_the_command_line_starts_without_the_hub_client() -> None:

@@ -507,6 +507,11 @@ class Library:
         freed = freed_by(paths)
         return freed, sum(path.stat().st_size for path in paths) - freed
 
+    def free_bytes(self) -> int:
+        """Of the disk that the models folder is on, or will be."""
+        found = (self.models, *self.models.absolute().parents)
+        return shutil.disk_usage(next(path for path in found if path.exists())).free
+
     def used_bytes(self) -> int:
         """What the models folder takes, each content once."""
         found = (path for path in self.models.rglob("*") if not path.is_symlink())
