@@ -35,7 +35,13 @@ from qwen_image_tool.store.links import content, delete, freed_by, link, names, 
 from qwen_image_tool.store.locks import LOCK, ask_to_pause, is_locked, locked, pausable, writing
 from qwen_image_tool.store.patience import Check
 from qwen_image_tool.store.places import Elsewhere
-from qwen_image_tool.store.published import licence_text, list_files, model_files, variant_file
+from qwen_image_tool.store.published import (
+    licence_text,
+    list_files,
+    model_files,
+    pinned,
+    variant_file,
+)
 from qwen_image_tool.store.record import (
     IMPORTED,
     OWN,
@@ -241,10 +247,14 @@ class Library:
         hub = self._connect()
         revision = self._revision(hub, model, old, update)
         listing = list_files(hub, model.repo, revision, control.check)
+        if revision in ("", model.revision):  # an earlier download may be of another revision
+            listing = pinned(listing, model.pinned)
         for name in dict.fromkeys(variants):
             yield from model_files(model, listing, name, old.parts)
             if name not in old.imported and (variant := model.variant(name)):
-                yield variant_file(variant, list_files(hub, variant.repo, check=control.check))
+                commit = variant.revision if hub.kind == "huggingface" else ""
+                found = list_files(hub, variant.repo, commit, control.check)
+                yield variant_file(variant, found)
 
     @staticmethod
     def _revision(hub: Hub, model: Model, old: Record, update: bool) -> str:

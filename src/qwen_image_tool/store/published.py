@@ -1,10 +1,11 @@
 """What makes up a model at the hub: which files, from which commit, and their small texts."""
 
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import TypeVar
 
-from qwen_image_tool.catalog import Model, Variant
+from qwen_image_tool.catalog import Model, PinnedFile, Variant
 from qwen_image_tool.errors import DownloadFailed
 from qwen_image_tool.store.hub import (
     OTHER_SOURCE,
@@ -61,6 +62,26 @@ def list_files(hub: Hub, repo: str, revision: str = "", check: Check = lambda: N
     """The files of `repo` at `revision`, or at its current commit. `check` may raise to end it.
     Raises DownloadFailed."""
     return _insist(lambda: hub.list(repo, revision, check), f"The list of files of {repo}", check)
+
+
+def pinned(listing: Listing, pins: Mapping[str, PinnedFile]) -> Listing:
+    """The listing with the sizes and hashes of `pins`, where the hub gives none. Raises
+    DownloadFailed where it gives others, or lacks such a file."""
+    return replace(listing, files=listing.files | dict(_pinned(listing, pins)))
+
+
+def _pinned(listing: Listing, pins: Mapping[str, PinnedFile]) -> Iterator[tuple[str, RemoteFile]]:
+    for path, pin in pins.items():
+        if path not in listing.files:
+            raise _absent(path, listing)
+        found = listing.files[path]
+        if found.size not in (-1, pin.bytes) or found.sha256 not in ("", pin.sha256):
+            raise DownloadFailed(
+                "changed",
+                f"{listing.repo} has another {path} than the one this version was made for.",
+                "Update QwenImageTool, or take another source. Nothing was fetched in its place.",
+            )
+        yield path, RemoteFile(path, pin.bytes, pin.sha256)
 
 
 def licence_text(hub: Hub, listing: Listing, check: Check) -> str:
@@ -130,8 +151,10 @@ def variant_file(variant: Variant, listing: Listing) -> Kept:
     ]
     if len(matches) != 1:
         raise _absent(variant.file, listing)
-    name = matches[0].path.rpartition("/")[2]
-    return _kept(matches[0], f"{transformer_folder(variant.id)}/{name}", listing)
+    path = matches[0].path
+    proven = pinned(listing, {path: variant.pinned} if variant.pinned else {})
+    name = path.rpartition("/")[2]
+    return _kept(proven.files[path], f"{transformer_folder(variant.id)}/{name}", listing)
 
 
 def _absent(what: str, listing: Listing) -> DownloadFailed:
