@@ -82,6 +82,8 @@ def test_from_download_to_removal(qit: Any, home: Path, hub: LocalHub) -> None:
     assert state["qwen-image-2512"][0] == "not here"
     assert qit("verify", "qwen-image", "--full")[:2] == (0, "Qwen-Image is whole.\n")
 
+    (folder / SHARD).write_bytes(bytes((folder / SHARD).stat().st_size))
+    assert "broken" in qit("list")[1]
     (folder / SHARD).write_bytes(b"<html>")
     code, out, err = qit("verify", "qwen-image")
     assert code == 1
@@ -90,8 +92,15 @@ def test_from_download_to_removal(qit: Any, home: Path, hub: LocalHub) -> None:
     code, out, _ = qit("repair", "qwen-image")
     assert code == 0
     assert out.endswith("1 file(s) were mended.\n")
+    code, out, _ = qit("remove", "qwen-image", "--variant", "bf16")
+    assert out == (
+        "0.2 MB freed. The rest of Qwen-Image stays (0.6 MB, no transformer);"
+        " `qit models remove qwen-image` deletes that too.\n"
+    )
+    assert qit("download", "qwen-image")[0] == 0
     code, out, _ = qit("remove", "qwen-image", "--json")
     assert json.loads(out)["freed_bytes"] > 700_000
+    assert json.loads(out)["stays_bytes"] == 0
     assert not folder.exists()
 
 

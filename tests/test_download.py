@@ -269,9 +269,10 @@ def test_a_gated_repository_names_the_way_in(hub: LocalHub, tmp_path: Path) -> N
 
 def test_an_unknown_revision(hub: LocalHub, library: Library) -> None:
     moved = T2I.model_copy(update={"revision": "0" * 40})
-    with pytest.raises(DownloadFailed) as caught:
+    with pytest.raises(DownloadFailed, match="no longer the revision of Qwen/Qwen-Image") as caught:
         library.download(moved)
     assert caught.value.kind == "not found"
+    assert "--update" in caught.value.hint
 
 
 def test_a_missing_repository(hub: LocalHub, library: Library) -> None:
@@ -651,6 +652,25 @@ def test_a_variant_is_the_named_file_or_an_error(hub: LocalHub, library: Library
     assert library.remove(T2I, "Q4_K_M") > 3072 * 256 / 2
     assert not (folder / "variants" / "Q4_K_M").exists()
     assert_whole(hub, library, T2I)
+
+
+@pytest.mark.parametrize("broken", ["half of it", "another content"])
+def test_a_variant_on_its_way_or_broken_does_not_stop_the_one_that_runs(
+    hub: LocalHub, library: Library, broken: str
+) -> None:
+    folder = library.download(T2I)
+    gguf = "city96/Qwen-Image-gguf"
+    if broken == "half of it":
+        hub.faults = [Fault("drop", 99, match="Q4_K_M")]
+    else:
+        hub.repos[gguf]["qwen-image-Q4_K_M.gguf"] = b"GGUF"
+    with pytest.raises(DownloadFailed):
+        library.download(T2I, "Q4_K_M")
+    assert locate("qwen-image", CATALOG, library.models).variant == "bf16"
+    assert {fault.path.split("/")[1] for fault in library.verify(T2I)} == {"Q4_K_M"}
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    with pytest.raises(BadRequest, match="vae"):
+        locate("qwen-image", CATALOG, library.models)
 
 
 def test_again_starts_from_nothing(hub: LocalHub, library: Library) -> None:

@@ -11,7 +11,7 @@ import typer
 
 from qwen_image_tool.app import App
 from qwen_image_tool.catalog import Model
-from qwen_image_tool.cli.screen import Screen, gib, pace
+from qwen_image_tool.cli.screen import Screen, amount, gib, pace
 from qwen_image_tool.errors import BadRequest, DownloadFailed, LicenceNotAccepted, ToolError
 from qwen_image_tool.settings import load_settings
 from qwen_image_tool.store.download import Control
@@ -214,10 +214,10 @@ def remove(model: Id, variant: VariantOption = "", as_json: Json = False) -> Non
     entry = app.catalog.find(model)
     freed = app.library.remove(entry, variant)
     stays = sum(app.library.frees(entry)) if app.library.folder(entry).is_dir() else 0
-    text = f"{freed / 1e9:.2f} GB freed."
+    text = f"{amount(freed) if freed else '0 MB'} freed."
     if stays:
         here = ", ".join(app.library.variants(entry)) or "no transformer"
-        text += f" The rest of {entry.name} stays ({stays / 1e9:.2f} GB, {here});"
+        text += f" The rest of {entry.name} stays ({amount(stays)}, {here});"
         text += f" `qit models remove {entry.id}` deletes that too."
     _done(screen, as_json, text, freed_bytes=freed, stays_bytes=stays)
 

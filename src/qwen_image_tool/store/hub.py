@@ -483,6 +483,10 @@ def _check_status(
     except errors.HfHubHTTPError as error:
         if status in (401, 403) and not isinstance(error, errors.RevisionNotFoundError):
             raise _no_access(repo, endpoint) from error
+        if isinstance(error, errors.RevisionNotFoundError):
+            hint = "`qit models download --update` goes on to the current one."
+            text = f"{endpoint} has no longer the revision of {repo} that was asked for."
+            raise DownloadFailed("not found", text, hint) from error
         if status == 404 or isinstance(error, errors.RepositoryNotFoundError):
             hint = (
                 "Update QwenImageTool: the file may have moved. Nothing else was fetched instead."

@@ -351,7 +351,8 @@ class Library:
                 yield file
                 continue
             progress.have(file.size, file.path)
-            emit(Notice(text=f"{file.path}: already on this computer ({source[0]})."))
+            if file.is_weights:
+                emit(Notice(text=f"{file.path}: already on this computer ({source[0]})."))
 
     def _point_out(self, record: Record, left: Iterable[Kept], emit: Emit) -> None:
         """Weights that are about to be fetched, and may be here in another program's file."""
