@@ -26,6 +26,7 @@ from qwen_image_tool.settings import load_settings
 from qwen_image_tool.types import Device, Rates
 from test_formats import DIT20, DIT21, LORA, VAE20, Shapes, sparse
 
+pytestmark = pytest.mark.usefixtures("torch_asked_once")
 SHARD = "transformer/diffusion_pytorch_model.safetensors"
 GIB = 2**30
 
