@@ -1,9 +1,13 @@
 """Every test runs in a home of its own, and torch in few threads: its models are tiny."""
 
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from qwen_image_tool import device
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -18,3 +22,16 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     return home
+
+
+@pytest.fixture(scope="session")
+def _ask_torch_once() -> Callable[[], device.TorchFacts]:
+    return functools.cache(device.probe_in_child)
+
+
+@pytest.fixture
+def torch_asked_once(
+    _ask_torch_once: Callable[[], device.TorchFacts], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torch says of this machine takes seconds, and is the same in every test."""
+    monkeypatch.setattr(device, "probe_in_child", _ask_torch_once)

@@ -138,7 +138,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault and self._refuse(fault):
             return
         if where == "api":
-            self._list(path, parse_qs(parts.query))
+            self._list(path, parse_qs(parts.query), fault)
         else:
             self._file(path, fault)
 
@@ -155,6 +155,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._say(302, b"", {"Location": self.path})
         elif fault.kind.startswith("to "):
             self._say(302, b"", {"Location": fault.kind[3:]})
+        elif fault.kind == "hold":
+            self._hold()
+            self.close_connection = True
         elif fault.kind == "drop":
             self.connection.close()
             self.close_connection = True
@@ -162,7 +165,7 @@ class _Handler(BaseHTTPRequestHandler):
             return False
         return True
 
-    def _list(self, path: str, query: dict[str, list[str]]) -> None:
+    def _list(self, path: str, query: dict[str, list[str]], fault: Fault | None) -> None:
         if self.hub.listing:
             return self._say(200, self.hub.listing, {"Content-Type": "application/json"})
         repo, _, revision = path.removeprefix("/api/models/").partition("/revision/")
@@ -183,7 +186,13 @@ class _Handler(BaseHTTPRequestHandler):
             gone += [] if self.hub.sizes else ["size", "lfs"]
             siblings.append({key: value for key, value in entry.items() if key not in gone})
         body = {"id": repo, "modelId": repo, "sha": commit, "siblings": siblings, "tags": []}
-        self._say(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        answer, headers = json.dumps(body).encode(), {"Content-Type": "application/json"}
+        if fault and fault.kind == "stall":
+            self._say(200, answer[: fault.at], headers, len(answer))
+            self._hold()
+            self.close_connection = True
+            return None
+        self._say(200, answer, headers)
         return None
 
     def _file(self, path: str, fault: Fault | None) -> None:
@@ -246,11 +255,13 @@ class _Handler(BaseHTTPRequestHandler):
         with self.hub.lock:
             self.hub.holding -= 1
 
-    def _say(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+    def _say(
+        self, status: int, body: bytes, headers: dict[str, str], length: int | None = None
+    ) -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Length", str(len(body) if length is None else length))
         self.end_headers()
         self.wfile.write(body)
 

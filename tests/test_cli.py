@@ -21,6 +21,7 @@ from qwen_image_tool.cli.commands import run
 from qwen_image_tool.engine import text
 from qwen_image_tool.errors import ModelMissing
 
+pytestmark = pytest.mark.usefixtures("torch_asked_once")
 QUICK = ["--size", "64x64", "--steps", "2"]
 
 

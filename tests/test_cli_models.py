@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,15 +15,18 @@ from typing import Any
 import pytest
 
 import tiny
-from hub import LocalHub, serve
+from hub import Fault, LocalHub, serve
 from qwen_image_tool import device, logs
 from qwen_image_tool.app import App
 from qwen_image_tool.cli.commands import run
+from qwen_image_tool.cli.models import _pause_on_ctrl_c
+from qwen_image_tool.cli.screen import Screen
 from qwen_image_tool.rates import RateBook
 from qwen_image_tool.settings import load_settings
 from qwen_image_tool.types import Device, Rates
 from test_formats import DIT20, DIT21, LORA, VAE20, Shapes, sparse
 
+pytestmark = pytest.mark.usefixtures("torch_asked_once")
 SHARD = "transformer/diffusion_pytorch_model.safetensors"
 GIB = 2**30
 
@@ -81,6 +83,8 @@ def test_from_download_to_removal(qit: Any, home: Path, hub: LocalHub) -> None:
     assert state["qwen-image-2512"][0] == "not here"
     assert qit("verify", "qwen-image", "--full")[:2] == (0, "Qwen-Image is whole.\n")
 
+    (folder / SHARD).write_bytes(bytes((folder / SHARD).stat().st_size))
+    assert "broken" in qit("list")[1]
     (folder / SHARD).write_bytes(b"<html>")
     code, out, err = qit("verify", "qwen-image")
     assert code == 1
@@ -89,8 +93,15 @@ def test_from_download_to_removal(qit: Any, home: Path, hub: LocalHub) -> None:
     code, out, _ = qit("repair", "qwen-image")
     assert code == 0
     assert out.endswith("1 file(s) were mended.\n")
+    code, out, _ = qit("remove", "qwen-image", "--variant", "bf16")
+    assert out == (
+        "0.2 MB freed. The rest of Qwen-Image stays (0.6 MB, no transformer);"
+        " `qit models remove qwen-image` deletes that too.\n"
+    )
+    assert qit("download", "qwen-image")[0] == 0
     code, out, _ = qit("remove", "qwen-image", "--json")
     assert json.loads(out)["freed_bytes"] > 700_000
+    assert json.loads(out)["stays_bytes"] == 0
     assert not folder.exists()
 
 
@@ -318,23 +329,41 @@ def test_ctrl_c_pauses(hub: LocalHub, home: Path) -> None:
     assert run(["models", "download", "qwen-image"]) == 0
 
 
-def test_a_second_ctrl_c_does_not_wait_for_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hub takes the connection and says nothing."""
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        monkeypatch.setenv("QIT_LOCAL_HUB", "1")
-        start = "from qwen_image_tool.cli import main; main()"
-        command = [sys.executable, "-c", start, "models", "download", "qwen-image"]
-        child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ.copy())
-        silent.settimeout(60)
-        connection, _ = silent.accept()
-        with connection:
-            child.send_signal(signal.SIGINT)
-            time.sleep(0.2)  # two signals at once are one
-            child.send_signal(signal.SIGINT)
-            _, err = child.communicate(timeout=15)
+STALLS = {
+    "the hub says nothing": Fault("hold", 99, where="api"),
+    "the list stops": Fault("stall", 99, 100, where="api"),
+    "the CDN says nothing": Fault("hold", 99),
+    "no byte comes": Fault("stall", 99, 0),
+    "in the middle": Fault("stall", 99, 20_000),
+}
+
+
+@pytest.mark.parametrize("fault", STALLS.values(), ids=STALLS)
+def test_ctrl_c_is_answered_at_once_where_the_connection_stalls(
+    hub: LocalHub, fault: Fault
+) -> None:
+    hub.faults = [fault]
+    start = "from qwen_image_tool.cli import main; main()"
+    command = [sys.executable, "-c", start, "models", "download", "qwen-image"]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ.copy())
+    until = time.monotonic() + 30
+    while not hub.holding and time.monotonic() < until:
+        time.sleep(0.02)
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=10)  # a stall is given up after 30 s, and held for 20
+    assert hub.holding, "the server has not given up"
     assert child.returncode == 130, err
-    assert "Stopped" in err
+    assert "Stopping ..." in err
+    assert "goes on from there" in err
+
+
+def test_a_second_ctrl_c_waits_for_nothing() -> None:
+    with _pause_on_ctrl_c(Screen()) as control:
+        signal.raise_signal(signal.SIGINT)
+        assert control.stopped.is_set()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 BIG = Device(
@@ -363,6 +392,41 @@ def test_recommendations_carry_their_reason() -> None:
     assert best.to_fetch == app.catalog.find("qwen-image-2.1-turbo").weight_bytes
     assert not any(each.runs for each in app.recommend(SMALL))
     assert "needs" in app.recommend(SMALL)[0].reason
+
+
+@pytest.mark.usefixtures("hub")
+@pytest.mark.parametrize("vram", [0, 4, 8, 16, 24, 48, 96])
+@pytest.mark.parametrize("ram", [8, 16, 32, 64, 128])
+def test_what_can_not_be_run_is_not_recommended(vram: int, ram: int) -> None:
+    """And where one storage alone runs, the reason says so."""
+    memory = {"ram_bytes": ram * GIB, "ram_free_bytes": ram * GIB * 9 // 10}
+    card = {"vram_bytes": vram * GIB, "vram_free_bytes": vram * GIB * 9 // 10}
+    here = Device(kind="cuda" if vram else "cpu", name="card", **memory, **card)
+    app = App(load_settings())
+    for each in app.recommend(here):
+        model = app.catalog.find(each.model)
+        variant = model.variant(each.variant)
+        assert not (variant and variant.unsupported)
+        smaller = [v for v in model.variants if v.bytes < model.components["transformer"].bytes]
+        only = all(v.unsupported for v in smaller)
+        assert (("This version runs bf16 alone" in each.reason) == only) or not each.runs
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_disk_that_is_too_full_is_said_and_put_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    app = App(load_settings())
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**9))
+    for each in app.recommend(BIG):
+        assert f"{each.to_fetch / 1e9:.1f} GB are to be fetched, and 1.0 GB of the disk" in (
+            each.reason
+        )
+        assert not each.fits_disk
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=40 * 10**9))
+    advice = app.recommend(BIG)
+    assert [each.fits_disk for each in advice] == sorted(each.fits_disk for each in advice)[::-1]
+    assert advice[0].fits_disk
+    assert "to be fetched" not in advice[0].reason
 
 
 def test_the_command_line_starts_without_the_hub_client() -> None:

@@ -39,7 +39,7 @@ from qwen_image_tool.store.library import Library
 from qwen_image_tool.store.places import Elsewhere
 from qwen_image_tool.store.published import TRIES
 from qwen_image_tool.store.record import PRIVATE, Digest, Kept
-from qwen_image_tool.types import DownloadProgress, Event
+from qwen_image_tool.types import DownloadProgress, Event, VerifyProgress
 from test_formats import gguf
 
 CATALOG = load_catalog()
@@ -269,9 +269,10 @@ def test_a_gated_repository_names_the_way_in(hub: LocalHub, tmp_path: Path) -> N
 
 def test_an_unknown_revision(hub: LocalHub, library: Library) -> None:
     moved = T2I.model_copy(update={"revision": "0" * 40})
-    with pytest.raises(DownloadFailed) as caught:
+    with pytest.raises(DownloadFailed, match="no longer the revision of Qwen/Qwen-Image") as caught:
         library.download(moved)
     assert caught.value.kind == "not found"
+    assert "--update" in caught.value.hint
 
 
 def test_a_missing_repository(hub: LocalHub, library: Library) -> None:
@@ -333,13 +334,6 @@ def test_names_stay_in_the_folder(name: str) -> None:
     with pytest.raises(DownloadFailed) as caught:
         safe_name(name)
     assert caught.value.kind == "bad name"
-
-
-def test_a_repository_with_a_bad_name_is_refused(hub: LocalHub, library: Library) -> None:
-    published(hub, T2I)["transformer/../../evil.safetensors"] = b"x"
-    with pytest.raises(DownloadFailed):
-        library.download(T2I)
-    assert not list(library.models.rglob("evil*"))
 
 
 def test_only_weights_and_texts_are_fetched(hub: LocalHub, library: Library) -> None:
@@ -660,6 +654,25 @@ def test_a_variant_is_the_named_file_or_an_error(hub: LocalHub, library: Library
     assert_whole(hub, library, T2I)
 
 
+@pytest.mark.parametrize("broken", ["half of it", "another content"])
+def test_a_variant_on_its_way_or_broken_does_not_stop_the_one_that_runs(
+    hub: LocalHub, library: Library, broken: str
+) -> None:
+    folder = library.download(T2I)
+    gguf = "city96/Qwen-Image-gguf"
+    if broken == "half of it":
+        hub.faults = [Fault("drop", 99, match="Q4_K_M")]
+    else:
+        hub.repos[gguf]["qwen-image-Q4_K_M.gguf"] = b"GGUF"
+    with pytest.raises(DownloadFailed):
+        library.download(T2I, "Q4_K_M")
+    assert locate("qwen-image", CATALOG, library.models).variant == "bf16"
+    assert {fault.path.split("/")[1] for fault in library.verify(T2I)} == {"Q4_K_M"}
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    with pytest.raises(BadRequest, match="vae"):
+        locate("qwen-image", CATALOG, library.models)
+
+
 def test_again_starts_from_nothing(hub: LocalHub, library: Library) -> None:
     library.download(T2I)
     first = sum(hub.sent.values())
@@ -835,3 +848,156 @@ def test_weights_without_a_hash_never_agree() -> None:
     file = Kept(path="a.gguf", repo="", revision="", source="", size=0)
     assert not Digest(file).agrees
     assert Digest(file.model_copy(update={"path": "a.json"})).agrees
+
+
+# -- odd names, and what is in the way ------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["transformer/con.safetensors", "vae/a\\..\\b.json", "vae/x?.txt"])
+def test_an_odd_name_of_a_file_that_is_needed_is_refused(
+    hub: LocalHub, library: Library, name: str
+) -> None:
+    published(hub, T2I)[name] = b"x"
+    with pytest.raises(DownloadFailed, match="has a file of the name") as caught:
+        library.download(T2I)
+    assert caught.value.kind == "bad name"
+    assert not hub.sent
+
+
+@pytest.mark.parametrize("kind", ["huggingface", "modelscope"])
+def test_an_odd_name_of_a_file_that_is_not_needed_is_passed_over(
+    hub: LocalHub, tmp_path: Path, kind: Any
+) -> None:
+    odd = ["transformer/../../evil.safetensors", "images/a: b?.png", "nul", "..\\evil.json"]
+    for repo in (T2I.repo, "city96/Qwen-Image-gguf"):
+        hub.repos[repo] |= dict.fromkeys(odd, b"x")
+    if kind == "modelscope":
+        hub.list_modelscope(T2I.repo, None)
+    reached = Hub(hub.endpoint, kind=kind, local=True)
+    library = Library(CATALOG, tmp_path / "models", lambda: reached, None, QUICK)
+    folder = library.download(T2I)
+    if kind == "huggingface":
+        library.download(T2I, "Q4_K_M")
+    assert library.verify(T2I, full=True) == ()
+    found = {path.name for path in tmp_path.rglob("*")}
+    assert not found & {"evil.safetensors", "nul", "..\\evil.json", "evil.json", "images"}
+    assert folder.is_dir()
+
+
+def test_an_empty_folder_in_a_files_place_is_mended(hub: LocalHub, library: Library) -> None:
+    [shard] = library.download(T2I).glob(SHARD + "*")
+    for full in (False, True):
+        shard.unlink()
+        shard.mkdir()
+        [fault] = library.verify(T2I, full=full)
+        assert fault.kind == "swapped"
+        assert "is a folder, and a file of the model belongs there" in fault.message
+        assert library.repair(T2I) == (fault,)
+        assert_whole(hub, library, T2I)
+
+
+@pytest.mark.parametrize("command", ["repair", "download"])
+def test_a_folder_with_something_in_it_is_not_deleted(
+    hub: LocalHub, library: Library, command: str
+) -> None:
+    [shard] = library.download(T2I).glob(SHARD + "*")
+    shard.unlink()
+    shard.mkdir()
+    (shard / "mine.txt").write_text("mine")
+    hub.requests.clear()
+    with pytest.raises(DownloadFailed, match="is a folder") as caught:
+        getattr(library, command)(T2I)
+    assert str(shard) in caught.value.message
+    assert "Move that folder away" in caught.value.hint
+    assert not hub.requests, "it is said before anything is fetched"
+    shard.rename(shard.with_name("elsewhere"))
+    library.repair(T2I)
+    assert library.verify(T2I, full=True) == ()
+
+
+def test_a_file_in_a_folders_place_is_said(hub: LocalHub, library: Library) -> None:
+    folder = library.folder(T2I)
+    folder.mkdir(parents=True)
+    (folder / "vae").write_text("mine")
+    with pytest.raises(DownloadFailed, match="is a file, and a folder") as caught:
+        library.download(T2I)
+    assert "Move that file away" in caught.value.hint
+    (folder / "vae").unlink()
+    library.download(T2I)
+    assert_whole(hub, library, T2I)
+
+
+# -- the last transformer --------------------------------------------------------------------
+
+
+def test_without_its_last_transformer_the_rest_stays(hub: LocalHub, library: Library) -> None:
+    folder = library.download(T2I)
+    library.remove(T2I, "bf16")
+    gone = {name for name in published(hub, T2I) if name.startswith("transformer/")}
+    left = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    assert {name for name in left if not name.startswith(PRIVATE)} == {*published(hub, T2I)} - gone
+    with pytest.raises(BadRequest, match="only text_encoder, vae is here"):
+        locate("qwen-image", CATALOG, library.models)
+    assert library.to_fetch(T2I) == T2I.components["transformer"].bytes
+    hub.sent.clear()
+    library.download(T2I)
+    assert {name for name in hub.sent if is_lfs(name)} == {name for name in gone if is_lfs(name)}
+    assert_whole(hub, library, T2I)
+
+
+def test_of_a_folder_put_there_by_hand_only_the_transformer_goes(
+    repos: Path, library: Library
+) -> None:
+    folder = library.folder(T2I)
+    shutil.copytree(repos / "qwen-image", folder)
+    assert library.remove(T2I, "bf16") > 100_000
+    assert not list(folder.rglob("transformer/*"))
+    assert (folder / "vae" / "diffusion_pytorch_model.safetensors").is_file()
+
+
+# -- what is read is told --------------------------------------------------------------------
+
+
+def test_how_far_the_proof_of_files_by_hand_is_is_told(
+    repos: Path, library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwen_image_tool.store.verify.REPORT_EVERY", 50_000)
+    shutil.copytree(repos / "qwen-image", library.folder(T2I))
+    events: list[Event] = []
+    library.download(T2I, emit=events.append)
+    assert "of the files: they are looked at." in next(e.text for e in events if e.kind == "notice")
+    told = [event for event in events if isinstance(event, VerifyProgress)]
+    assert len(told) > 2
+    done = [event.done_bytes for event in told]
+    assert done == sorted(done)
+    assert (
+        done[-1]
+        == told[-1].total_bytes
+        == sum(path.stat().st_size for path in (repos / "qwen-image").rglob("*") if path.is_file())
+    )
+
+
+def test_a_vae_that_another_program_has_is_linked_by_its_hash(
+    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As every published file; while it is read for its hash, how far that is is told."""
+    monkeypatch.setattr("qwen_image_tool.store.verify.REPORT_EVERY", 10_000)
+    monkeypatch.setattr("qwen_image_tool.store.places.SMALLEST", 1)
+    name = "vae/diffusion_pytorch_model.safetensors"
+    theirs = tmp_path / "ComfyUI" / "vae" / "some.safetensors"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_bytes(published(hub, T2I)[name])
+    library = library_of(
+        hub.endpoint, tmp_path / "models", Elsewhere(None, (tmp_path / "ComfyUI",))
+    )
+    events: list[Event] = []
+    folder = library.download(T2I, emit=events.append)
+    assert name not in hub.sent
+    assert (folder / name).samefile(theirs)
+    told = [event for event in events if isinstance(event, VerifyProgress)]
+    assert told[-1].done_bytes == told[-1].total_bytes == len(published(hub, T2I)[name])
+    assert f"{theirs} may be {name}: its hash is looked at." in [
+        event.text for event in events if event.kind == "notice"
+    ]
+    library.remove(T2I)
+    assert theirs.is_file()

@@ -67,15 +67,12 @@ def draw(engine: Engine, plans: list[Plan], events: list[Event], after: int = 10
 def live() -> tuple[int, int]:
     """Bytes of all tensors, and threads."""
     gc.collect()
-    storages = {}
-    for each in gc.get_objects():
-        if (
-            issubclass(type(each), torch.Tensor)
-            and not each.is_meta
-            and type(each) is not FakeTensor
-        ):
-            storages[each.untyped_storage().data_ptr()] = each.untyped_storage().nbytes()
-    return sum(storages.values()), threading.active_count()
+    everything = gc.get_objects()
+    kinds = {kind for kind in set(map(type, everything)) if issubclass(kind, torch.Tensor)}
+    kinds.discard(FakeTensor)
+    tensors = [each for each in everything if type(each) in kinds and not each.is_meta]
+    storages = {each.untyped_storage().data_ptr(): each.untyped_storage() for each in tensors}
+    return sum(each.nbytes() for each in storages.values()), threading.active_count()
 
 
 def test_phases_and_steps_are_told_in_order(folder: Path, tmp_path: Path) -> None:
@@ -105,9 +102,8 @@ def test_cancelling_at_any_time_leaves_the_memory_as_it_was(folder: Path) -> Non
             pass  # with the error go the frames that hold tensors
         else:
             cancelled = False
-        half_loaded = engine._parts is None
-        assert not half_loaded or live() == before, f"after {after} questions"
-        engine.release()
+        if engine._parts is not None:  # what was half loaded is given back without that
+            engine.release()
         assert live() == before, f"after {after} questions"
         after += max(1, after // 2)
         tried += 1

@@ -1,7 +1,8 @@
 """What is pinned: the revision of a download, and the wording of a licence that was agreed to."""
 
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,13 @@ import pytest
 import tiny
 from hub import Fault, LocalHub, serve
 from qwen_image_tool.catalog import Model, load_catalog
-from qwen_image_tool.errors import DownloadFailed, LicenceNotAccepted
-from qwen_image_tool.store.download import Effort
+from qwen_image_tool.errors import Cancelled, DownloadFailed, LicenceNotAccepted
+from qwen_image_tool.store import locate, updates
+from qwen_image_tool.store.download import Control, Effort
 from qwen_image_tool.store.hub import Hub
 from qwen_image_tool.store.library import Library
-from qwen_image_tool.store.record import HubKind
-from qwen_image_tool.types import Event, Notice
+from qwen_image_tool.store.record import PRIVATE, HubKind
+from qwen_image_tool.types import DownloadProgress, Event, Notice
 
 CATALOG = load_catalog()
 T2I, BASE21 = CATALOG.find("qwen-image"), CATALOG.find("qwen-image-2.1")
@@ -99,20 +101,139 @@ def test_an_update_fetches_what_changed_and_nothing_else(hub: LocalHub, library:
     assert events[0].text == f"Qwen-Image is at the current revision, {NEW}."
 
 
-def test_an_interrupted_update_takes_no_old_file_for_a_new_one(
+def test_an_interrupted_update_leaves_what_is_here_and_goes_on(
     hub: LocalHub, library: Library
 ) -> None:
-    """They have the same size."""
+    """The old files and the new ones have the same size: none passes for the other."""
+    had = dict(hub.repos[T2I.repo])
+    library.download(T2I)
+    files = move_on(hub, T2I)
+    hub.faults = [Fault("cut", 1, 30_000, match=VAE), Fault("drop", 99, match=VAE)]
+    for again in (False, True):
+        with pytest.raises(DownloadFailed):
+            library.download(T2I, update=not again)
+        assert library.revision(T2I) != NEW
+        assert locate("qwen-image", CATALOG, library.models).variant == "bf16"
+        assert_holds(library, T2I, had)
+    hub.faults.clear()
+    hub.sent.clear()
+    library.download(T2I)
+    assert hub.sent[VAE] == len(files[VAE]) - 30_000, "what came is not fetched again"
+    assert library.revision(T2I) == NEW
+    assert_holds(library, T2I, files)
+    assert not list((library.folder(T2I) / PRIVATE).glob("*/qwen-image"))
+
+
+def test_a_cancelled_update_leaves_what_is_here(hub: LocalHub, library: Library) -> None:
+    had = dict(hub.repos[T2I.repo])
+    library.download(T2I)
+    move_on(hub, T2I)
+    control = Control()
+
+    def stop(event: Event) -> None:
+        if isinstance(event, DownloadProgress):
+            control.cancel()
+
+    with pytest.raises(Cancelled):
+        library.download(T2I, emit=stop, control=control, update=True)
+    assert_holds(library, T2I, had)
+    hub.requests.clear()
+    library.download(T2I)
+    assert not hub.requests, "nothing is left to go on with"
+
+
+def test_a_newer_update_takes_over_from_one_that_was_stopped(
+    hub: LocalHub, library: Library
+) -> None:
     library.download(T2I)
     files = move_on(hub, T2I)
     hub.faults = [Fault("cut", 99, 0, match=VAE)]
     with pytest.raises(DownloadFailed):
         library.download(T2I, update=True)
-    assert VAE in {fault.path for fault in library.verify(T2I)}
+    files["tokenizer/more.json"] = b"[]"  # of the size of the one that came
+    hub.commits[T2I.repo] = "a" * 40
     hub.faults.clear()
+    library.download(T2I, update=True)
+    assert library.revision(T2I) == "a" * 40
+    assert_holds(library, T2I, files)
+
+
+@pytest.mark.parametrize("step", range(1, 6))
+def test_an_update_that_is_killed_at_its_last_step_is_finished(
+    hub: LocalHub, library: Library, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """At each of the steps that give the new files their places."""
+    had = dict(hub.repos[T2I.repo])
+    library.download(T2I)
+    files = move_on(hub, T2I)
+    kill_at(monkeypatch, step)
+    with pytest.raises(Killed):
+        library.download(T2I, update=True)
+    monkeypatch.undo()
+    folder = library.folder(T2I)
+    if step == 1:
+        assert_holds(library, T2I, had)
+    else:
+        faults = library.verify(T2I)
+        assert not faults or {fault.kind for fault in faults} == {"interrupted"}
+        assert faults or (folder / VAE).read_bytes() == files[VAE]
+    library.repair(T2I)
     library.download(T2I)
     assert library.revision(T2I) == NEW
     assert_holds(library, T2I, files)
+    assert not (folder / "text_encoder" / "generation_config.json").exists()
+
+
+class Killed(BaseException):
+    """As SIGKILL: no `except` of the program sees it coming."""
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Before the `step`th of what an update does once all is here."""
+    left = [step]
+
+    def dying(do: Callable[..., object]) -> Callable[..., object]:
+        def instead(*arguments: object) -> object:
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+            return do(*arguments)
+
+        return instead
+
+    monkeypatch.setattr(updates, "put_in_place", dying(updates.put_in_place))
+    for name in ("move", "delete", "write_record"):
+        monkeypatch.setattr(updates, name, dying(getattr(updates, name)))
+
+
+def test_an_update_needs_room_for_the_new_beside_the_old(
+    hub: LocalHub, library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    had = dict(hub.repos[T2I.repo])
+    library.download(T2I)
+    move_on(hub, T2I)
+    size = len(had[VAE])
+    usage = shutil.disk_usage(library.models)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=size - 1))
+    with pytest.raises(DownloadFailed, match="still to come") as caught:
+        library.download(T2I, update=True)
+    assert caught.value.kind == "disk full"
+    assert_holds(library, T2I, had)
+
+
+def test_what_is_imported_or_removed_meanwhile_is_not_undone_by_an_update(
+    hub: LocalHub, library: Library
+) -> None:
+    library.download(T2I)
+    move_on(hub, T2I)
+    hub.faults = [Fault("cut", 99, 0, match=VAE)]
+    with pytest.raises(DownloadFailed):
+        library.download(T2I, update=True)
+    library.remove(T2I, "bf16")
+    hub.requests.clear()
+    with pytest.raises(DownloadFailed):  # the local hub has forgotten the old commit
+        library.download(T2I)
+    assert NEW not in {seen.path.rpartition("/")[2] for seen in hub.requests}
 
 
 def test_the_catalogues_revision_is_kept_by_an_update(hub: LocalHub, library: Library) -> None:

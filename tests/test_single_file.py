@@ -242,7 +242,12 @@ def test_an_imported_file_is_completed_and_runs(
     assert not [name for name in hub.sent if name.startswith("transformer/") and is_lfs(name)]
     assert locate(model.id, CATALOG, library.models).variant == "imported-BF16"
     library.remove(model, "imported-BF16")
-    assert not library.folder(model).exists()
+    with pytest.raises(ModelMissing, match="only text_encoder, vae is here"):
+        locate(model.id, CATALOG, library.models)
+    hub.sent.clear()
+    library.download(model)
+    fetched = {name.split("/")[0] for name in hub.sent if is_lfs(name)}
+    assert fetched == {"transformer"}, "the rest had stayed"
     assert path.is_file()
 
 

@@ -8,6 +8,10 @@ import pytest
 
 import tiny
 from hub import Fault, LocalHub, serve
+from qwen_image_tool.transfers import Transfer
+from qwen_image_tool.types import DownloadProgress, VerifyProgress
+from qwen_image_tool.ui import cards
+from qwen_image_tool.ui.words import load_words
 from running import Live, server, wait
 
 MODEL = "qwen-image"
@@ -161,3 +165,15 @@ def test_what_a_removal_frees_is_known_before(live: Live) -> None:
     assert library.used_bytes() == 0
     live.service.transfers.forget(MODEL)
     assert live.http.get("/api/transfers").json() == []
+
+
+@pytest.mark.parametrize(
+    ("event", "says"), [(DownloadProgress, "Downloading"), (VerifyProgress, "Checking every byte")]
+)
+def test_the_page_says_whether_bytes_come_or_are_hashed(
+    event: type[DownloadProgress | VerifyProgress], says: str
+) -> None:
+    """Files put there by hand are hashed before a download."""
+    progress = event(model="qwen-image", done_bytes=10**9, total_bytes=4 * 10**9, file="x")
+    transfer = Transfer(model="qwen-image", action="download", progress=progress)
+    assert f"{says} · 1.0 GB of 4.0 GB" in cards._progress(load_words("en"), transfer)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import qwen_image_tool.ui
+from qwen_image_tool.app import BF16_ALONE
 from qwen_image_tool.catalog import load_catalog
 from qwen_image_tool.catalog.sizes import RESOLUTIONS
 from qwen_image_tool.device import NvidiaCard, TorchFacts
@@ -144,6 +145,12 @@ def test_reasons_of_plans_are_said_in_chinese(model: str) -> None:
                 for plan in plans(asked, installed, machine(ram, vram), anyway=True):
                     for reason in plan.reasons:
                         assert chinese(zh.known(reason)), reason
+
+
+def test_limits_of_a_recommendation_are_said_in_chinese() -> None:
+    full = "33.1 GB are to be fetched, and 1.0 GB of the disk are free: free some space first, or"
+    for text in (BF16_ALONE, f"{full} move the models."):
+        assert chinese(load_words("zh").known(text)), text
 
 
 def machine(ram: int, vram: int | None) -> Device:

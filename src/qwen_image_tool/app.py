@@ -43,7 +43,8 @@ SEEDS = 2**32  # random seeds stay short enough to read out
 class Advice(Value):
     """A variant of a model for one machine. `to_fetch`: bytes a download would take. `seconds` of
     a picture with the model's own settings, loading included, where the device's rates are known;
-    `ram_bytes` and `vram_bytes` at its peak."""
+    `ram_bytes` and `vram_bytes` at its peak. `fits_disk`: whether it can be fetched as the disk is
+    now."""
 
     model: str
     variant: str
@@ -54,6 +55,13 @@ class Advice(Value):
     seconds: float | None = None
     ram_bytes: int = 0
     vram_bytes: int = 0
+    fits_disk: bool = True
+
+
+BF16_ALONE = (
+    "This version runs bf16 alone: smaller storage (GGUF, fp8) can be fetched, and does not run"
+    " yet."
+)
 
 
 def never() -> bool:
@@ -156,7 +164,7 @@ class App:
             for model in self.catalog.models
             if model.repo and not model.unsupported
         ]
-        return tuple(sorted(advice, key=lambda a: (not a.runs, -int(a.released.replace("-", "")))))
+        return tuple(sorted(advice, key=_rank))
 
     def _found(self, model: Model) -> store.Installed | None:
         try:
@@ -178,6 +186,19 @@ class App:
             return self._advice(model, name, found, found.reasons[0], here is not None)
         return self._advice(model, "bf16", None, why, here is not None)
 
+    def _limits(self, model: Model, to_fetch: int) -> Iterator[str]:
+        """What the recommendation has to do without, and what is in its way."""
+        published = model.components["transformer"].bytes
+        smaller = [variant for variant in model.variants if variant.bytes < published]
+        if smaller and all(variant.unsupported for variant in smaller):
+            yield BF16_ALONE
+        free = self.library.free_bytes()
+        if to_fetch > free:
+            yield (
+                f"{to_fetch / 1e9:.1f} GB are to be fetched, and {free / 1e9:.1f} GB of the disk"
+                " are free: free some space first, or move the models."
+            )
+
     @staticmethod
     def _choices(
         model: Model, here: store.Installed | None
@@ -193,16 +214,19 @@ class App:
     def _advice(
         self, model: Model, variant: str, plan: Plan | None, reason: str, is_here: bool
     ) -> "Advice":
+        to_fetch = 0 if is_here else self.library.to_fetch(model, variant)
+        limits = self._limits(model, to_fetch) if plan else ()
         return Advice(
             model=model.id,
             variant=variant,
             released=model.released,
             runs=plan is not None,
-            reason=reason,
+            reason=" ".join((reason, *limits)),
+            fits_disk=to_fetch <= self.library.free_bytes(),
             seconds=plan.seconds if plan else None,
             ram_bytes=plan.ram_bytes if plan else 0,
             vram_bytes=plan.vram_bytes if plan else 0,
-            to_fetch=0 if is_here else self.library.to_fetch(model, variant),
+            to_fetch=to_fetch,
         )
 
     def is_ready(self, model: Model) -> bool:
@@ -341,6 +365,11 @@ class App:
         was not asked since the machine was started."""
         known = None if again else device.last_look(self.settings.cache / LAST_LOOK)
         return doctor.examine(doctor.gather(self.settings, known or self.look()))
+
+
+def _rank(advice: Advice) -> tuple[bool, bool, int]:
+    """The newest of those that run, and of which the disk has room for."""
+    return not advice.runs, not advice.fits_disk, -int(advice.released.replace("-", ""))
 
 
 def made_otherwise(original: gallery.ImageInfo, result: Result) -> str:

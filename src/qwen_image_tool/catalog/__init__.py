@@ -94,6 +94,13 @@ class Scheduler(Value):
     num_train_timesteps: int
 
 
+class PinnedFile(Value):
+    """What a file has to be, whatever a hub says of it."""
+
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
 class Variant(Value):
     """The transformer of a model in other storage: one file of another repository."""
 
@@ -102,6 +109,8 @@ class Variant(Value):
     file: str
     bytes: int = Field(description="As published, to the digits that are known")
     unsupported: str = Field(default="", description="Why this version can't run it, if so")
+    revision: str = Field(default="", description="Commit of `repo`; empty: the current one")
+    pinned: PinnedFile | None = None
 
 
 class Model(Value):
@@ -124,6 +133,10 @@ class Model(Value):
     note: str = ""
     revision: str = Field(
         default="", description="Commit of `repo`; empty: the current one, pinned when downloaded"
+    )
+    pinned: dict[str, PinnedFile] = Field(
+        default_factory=dict,
+        description="Files of `repo` at `revision`, by path; of others the hub's hashes count",
     )
     transformer_config: dict[str, bool] = Field(
         default_factory=dict, description="Where its configuration differs from the family's"

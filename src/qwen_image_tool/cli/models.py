@@ -1,6 +1,7 @@
 """`qit models`: find, download, verify, repair."""
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -10,7 +11,7 @@ import typer
 
 from qwen_image_tool.app import App
 from qwen_image_tool.catalog import Model
-from qwen_image_tool.cli.screen import Screen, gib, pace
+from qwen_image_tool.cli.screen import Screen, amount, gib, pace
 from qwen_image_tool.errors import BadRequest, DownloadFailed, LicenceNotAccepted, ToolError
 from qwen_image_tool.settings import load_settings
 from qwen_image_tool.store.download import Control
@@ -144,7 +145,7 @@ def download(
     if later := _not_yet(entry, variant):
         screen.note(f"This version can't run it. {later}")
     try:
-        with screen.transfer() as emit, _pause_on_ctrl_c() as control:
+        with screen.transfer() as emit, _pause_on_ctrl_c(screen) as control:
             folder = app.library.download(entry, variant, emit, control, yes_license, again, update)
     except LicenceNotAccepted:
         with suppress(DownloadFailed):  # without a connection the address has to do
@@ -181,7 +182,7 @@ def verify(
     app = App(load_settings())
     entry = app.catalog.find(model)
     screen = Screen(as_json)
-    with screen.transfer() as show, _pause_on_ctrl_c() as control:
+    with screen.transfer() as show, _pause_on_ctrl_c(screen) as control:
         faults = app.library.verify(entry, full, show, control.stopped.is_set)
     _report(screen, faults)
     _done(screen, as_json, "" if faults else f"{entry.name} is whole.", faults=_plain(faults))
@@ -198,7 +199,7 @@ def repair(model: Id, as_json: JsonLines = False) -> None:
     app = App(load_settings())
     entry = app.catalog.find(model)
     screen = Screen(as_json)
-    with screen.transfer() as show, _pause_on_ctrl_c() as control:
+    with screen.transfer() as show, _pause_on_ctrl_c(screen) as control:
         mended = app.library.repair(entry, show, control)
     _report(screen, mended)
     text = f"{entry.name} is whole; {len(mended)} file(s) were mended."
@@ -207,10 +208,18 @@ def repair(model: Id, as_json: JsonLines = False) -> None:
 
 @models.command()
 def remove(model: Id, variant: VariantOption = "", as_json: Json = False) -> None:
-    """Delete a model, or one variant of it. Files that other models share stay."""
-    app = App(load_settings())
-    freed = app.library.remove(app.catalog.find(model), variant)
-    _done(Screen(as_json), as_json, f"{freed / 1e9:.2f} GB freed.", freed_bytes=freed)
+    """Delete a model, or one variant of its transformer alone. Files that other models share
+    stay."""
+    app, screen = App(load_settings()), Screen(as_json)
+    entry = app.catalog.find(model)
+    freed = app.library.remove(entry, variant)
+    stays = sum(app.library.frees(entry)) if app.library.folder(entry).is_dir() else 0
+    text = f"{amount(freed) if freed else '0 MB'} freed."
+    if stays:
+        here = ", ".join(app.library.variants(entry)) or "no transformer"
+        text += f" The rest of {entry.name} stays ({amount(stays)}, {here});"
+        text += f" `qit models remove {entry.id}` deletes that too."
+    _done(screen, as_json, text, freed_bytes=freed, stays_bytes=stays)
 
 
 @models.command(name="import")
@@ -233,7 +242,7 @@ def import_file(
     found = recognise(path)
     check_taken(found)
     entry = app.catalog.find(model) if model else _only_one(found, models_for(found, app.catalog))
-    with screen.transfer() as show, _pause_on_ctrl_c() as control:
+    with screen.transfer() as show, _pause_on_ctrl_c(screen) as control:
         target = app.library.import_file(path, entry, show, control.stopped.is_set)
     _done(screen, as_json, str(target), path=str(target), checkpoint=found.to_dict())
     if later := found.unsupported or entry.unsupported:
@@ -310,15 +319,17 @@ def _done(screen: Screen, as_json: bool, text: str, **fields: object) -> None:
 
 
 @contextmanager
-def _pause_on_ctrl_c() -> Iterator[Control]:
-    """Ctrl-C stops in order: what came is kept, and the message says how to go on. That may
-    wait for a server's answer; a second Ctrl-C does not."""
+def _pause_on_ctrl_c(screen: Screen) -> Iterator[Control]:
+    """Ctrl-C stops in order: what came is kept, and the message says how to go on. A second Ctrl-C
+    does not wait for that."""
     control = Control()
 
     def stop(*_: object) -> None:
         if control.stopped.is_set():
             raise KeyboardInterrupt
         control.pause()
+        # In a thread: what was interrupted may be in the middle of writing a line
+        threading.Thread(target=screen.note, args=("Stopping ...",)).start()
 
     before = signal.signal(signal.SIGINT, stop)
     try:

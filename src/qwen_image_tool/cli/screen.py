@@ -136,9 +136,7 @@ class Screen:
             [
                 (
                     row["id"] + ("" if row["commercial"] else "*"),
-                    f"get {amount(row['to_fetch'])}"
-                    if row["state"] == "not here"
-                    else row["state"],
+                    _state(row),
                     amount(row["bytes"]),
                     *_needs(row["needs"]),
                     ", ".join(DOES[task] for task in row["tasks"]),
@@ -303,6 +301,13 @@ def _standing(event: Event) -> _Standing | None:
 
 
 UNMEASURED = "Seconds are not measured yet: the first picture with a model measures this computer."
+
+
+def _state(row: dict[str, Any]) -> str:
+    """With what a download takes; where that is nothing, the files are broken."""
+    if row["state"] != "not here":
+        return str(row["state"])
+    return f"get {amount(row['to_fetch'])}" if row["to_fetch"] else "broken"
 
 
 def _unmeasured(needs: dict[str, Any]) -> bool:

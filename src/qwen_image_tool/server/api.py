@@ -285,7 +285,7 @@ def cancel_transfer(model: str, service: Here) -> Transfer:
 def remove(
     model: str, service: Here, variant: Annotated[str, Query(max_length=40)] = ""
 ) -> dict[Literal["freed_bytes"], int]:
-    """Delete it from this computer. Files that other models share stay."""
+    """Delete it from this computer, or one variant alone. Files that other models share stay."""
     entry = service.app.catalog.find(model)
     return {"freed_bytes": service.app.library.remove(entry, variant)}
 

@@ -107,27 +107,46 @@ def _inspect_own(folder: Path, model: Model) -> Installed:
     if record is None:
         return inspect(folder, model)
     parts = verify.read_components(folder, record, model.components)
-    for fault in verify.faults_of(folder, record, parts):
-        hint = f"`qit models {'download' if fault.kind == 'interrupted' else 'repair'} {model.id}`"
-        raise ModelBroken(fault.kind, fault.message, f"{hint} fetches what is needed.")
-    return inspect(folder, model, _running(folder, record, model, parts), parts)
+    faults = verify.faults_of(folder, record, parts)
+    variant = _running(folder, record, parts, faults)
+    places = {name: f"{transformer_folder(name)}/" for name in record.variants}
+    others = tuple(place for name, place in places.items() if variant not in ("", name))
+    for fault in faults:
+        if not fault.path.startswith(others):
+            ending = "download" if fault.kind == "interrupted" else "repair"
+            hint = f"`qit models {ending} {model.id}` fetches what is needed."
+            raise ModelBroken(fault.kind, fault.message, hint)
+    if not variant:
+        raise _none_runs(folder, record, model, parts)
+    return inspect(folder, model, variant, parts)
 
 
-def _running(folder: Path, record: Record, model: Model, parts: Parts) -> str:
-    """The variant that runs: the model's own, else the first that this version can run."""
-    hint = f"`qit models download {model.id}` fetches what is needed."
-    if OWN in record.variants:
-        return OWN
-    if not record.variants:
-        raise ModelMissing(f"Of {model.name} only {', '.join(record.taken)} is here.", hint)
-    why = ""
-    for name in record.variants:
-        [(file, header)] = parts[transformer_folder(name)].weights.items()
-        found = describe(folder / transformer_folder(name) / file, header)
-        if not found.unsupported:
+def _running(folder: Path, record: Record, parts: Parts, faults: tuple[verify.Fault, ...]) -> str:
+    """The variant that runs: the model's own, else the first that this version can run; "" where
+    none is whole and can. Another one may be on its way, or broken."""
+    own_first = sorted(record.variants, key=lambda name: name != OWN)
+    for name in own_first:
+        place = f"{transformer_folder(name)}/"
+        is_whole = not any(fault.path.startswith(place) for fault in faults)
+        if is_whole and (name == OWN or not _unsupported(folder, name, parts)):
             return name
-        why = why or found.unsupported
-    raise ModelUnsupported(
+    return ""
+
+
+def _unsupported(folder: Path, variant: str, parts: Parts) -> str:
+    """Why this version can't run a variant that is one whole file, if so."""
+    place = transformer_folder(variant)
+    [(file, header)] = parts[place].weights.items()
+    return describe(folder / place / file, header).unsupported
+
+
+def _none_runs(folder: Path, record: Record, model: Model, parts: Parts) -> BadRequest:
+    hint = f"`qit models download {model.id}` fetches what is needed."
+    if not record.variants:
+        here = record.taken or [name for name in model.components if record.weights(name)]
+        return ModelMissing(f"Of {model.name} only {', '.join(here) or 'texts'} is here.", hint)
+    why = _unsupported(folder, record.variants[0], parts)
+    return ModelUnsupported(
         f"Of {model.name} only {', '.join(record.variants)} is here. {why}", hint
     )
 

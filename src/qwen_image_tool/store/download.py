@@ -1,6 +1,7 @@
 """Getting files: several at a time, resumed where they stopped, proven before they have a name."""
 
 import errno
+import functools
 import shutil
 import threading
 import time
@@ -17,6 +18,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_exp
 from qwen_image_tool.errors import Cancelled, DownloadFailed, Paused
 from qwen_image_tool.store.hub import Body, Hub, RemoteFile, Transient
 from qwen_image_tool.store.links import content
+from qwen_image_tool.store.patience import sleep
 from qwen_image_tool.store.record import BLOCK, Digest, Kept, partial_path, settle
 from qwen_image_tool.types import DownloadProgress, Event
 
@@ -68,7 +70,7 @@ class Progress:
 
     def __init__(self, model: str, total: int, emit: Callable[[Event], None]) -> None:
         self.fetched = 0
-        self._model, self._total, self._emit = model, total, emit
+        self.model, self._total, self._emit = model, total, emit
         self._done = 0
         self._lock = threading.Lock()
         self._said = 0.0
@@ -98,7 +100,7 @@ class Progress:
         speed = (self.fetched - before) / (now - then) if now > then else 0.0
         left = (self._total - self._done) / speed if speed else None
         return DownloadProgress(
-            model=self._model,
+            model=self.model,
             done_bytes=self._done,
             total_bytes=self._total,
             bytes_per_second=round(speed),
@@ -151,6 +153,29 @@ def check_space(folder: Path, needed: int) -> None:
         )
 
 
+def make_room(folder: Path, files: Iterable[Kept]) -> None:
+    """Where files of a model are to be, empty folders go. Raises DownloadFailed, which says what to
+    move away, where something else is in the way."""
+    for file in files:
+        path = folder / file.path
+        with _disk_errors(path):
+            if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
+                path.rmdir()
+        if path.is_dir():
+            raise _in_the_way(path, "folder", "file")
+        for above in list(path.parents)[: len(Path(file.path).parts) - 1]:
+            if above.exists() and not above.is_dir():
+                raise _in_the_way(above, "file", "folder")
+
+
+def _in_the_way(path: Path, found: str, wanted: str) -> DownloadFailed:
+    return DownloadFailed(
+        "not writable",
+        f"{path} is a {found}, and a {wanted} of the model belongs there.",
+        f"Move that {found} away, or delete it; then repeat the command. Nothing was changed.",
+    )
+
+
 def _failed(jobs: Iterable[Future[None]]) -> bool:
     return any(job.done() and job.exception() for job in jobs)
 
@@ -189,13 +214,6 @@ class _Both:
         self.user.check()
         self.halt.check()
 
-    def sleep(self, seconds: float) -> None:
-        """As long as `seconds`, unless it is told to stop."""
-        until = time.monotonic() + seconds
-        while (left := until - time.monotonic()) > 0:
-            self.halt.stopped.wait(min(left, 0.1))
-            self.check()
-
 
 class _File:
     """One file on its way."""
@@ -222,7 +240,7 @@ class _File:
                 retry=retry_if_exception_type(Transient),
                 stop=lambda _: self._fruitless >= self._effort.tries,
                 wait=self._pause,
-                sleep=self._control.sleep,
+                sleep=functools.partial(sleep, check=self._control.check),
                 retry_error_callback=self._give_up,
             )
             retrying(self._try)
@@ -262,7 +280,8 @@ class _File:
         )
         ours = self._file.hub == self._hub.kind  # the other hub has the content, not the commit
         revision = self._file.revision if ours else self._hub.branch
-        with self._hub.open(self._file.repo, revision, remote, self._size) as body:
+        check = self._control.check
+        with self._hub.open(self._file.repo, revision, remote, self._size, check) as body:
             for piece in _from_offset(body, self._size):
                 self._control.check()
                 self._take(stream, piece[: self._file.size - self._size])

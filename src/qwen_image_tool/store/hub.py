@@ -7,11 +7,13 @@ Plain HTTP is used on purpose, not xet: it resumes at the byte where it stopped.
 """
 
 import contextlib
+import functools
 import ipaddress
 import os
 import re
 import socket
 import ssl
+import threading
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,9 +24,12 @@ from urllib.parse import quote, urljoin, urlsplit
 from pydantic import BaseModel, Field, ValidationError
 
 from qwen_image_tool.errors import BadRequest, DownloadFailed, FailureKind
+from qwen_image_tool.store.patience import Check, patiently
 from qwen_image_tool.store.record import HubKind
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     import httpx2
 
 HUGGING_FACE = "https://huggingface.co"
@@ -152,26 +157,26 @@ class Hub:
         """What a repository's main branch is called."""
         return "master" if self.kind == "modelscope" else "main"
 
-    def list(self, repo: str, revision: str = "") -> Listing:
+    def list(self, repo: str, revision: str = "", check: Check = lambda: None) -> Listing:
         """The repository's files at `revision`, or at its current commit.
 
-        Raises Transient and DownloadFailed.
+        Raises Transient, DownloadFailed, and what `check` does while a server is waited for.
         """
         if self.kind == "modelscope":
-            return self._list_modelscope(repo, revision or self.branch)
+            return self._list_modelscope(repo, revision or self.branch, check)
         path = f"/api/models/{quote(repo)}"
         path += f"/revision/{quote(revision, safe='')}" if revision else ""
-        found = self._answer(_Repo, f"{self.endpoint}{path}?blobs=true", repo)
+        found = self._answer(_Repo, f"{self.endpoint}{path}?blobs=true", repo, check)
         files = [_remote(sibling) for sibling in found.siblings]
         commit = found.sha or revision or self.branch
         return Listing(repo, commit, {file.path: file for file in files})
 
-    def _list_modelscope(self, repo: str, revision: str) -> Listing:
+    def _list_modelscope(self, repo: str, revision: str, check: Check) -> Listing:
         url = f"{self.endpoint}/api/v1/models/{quote(repo)}/repo/files"
         url += f"?Revision={quote(revision, safe='')}&Recursive=true"
-        found = self._answer(_ScopeRepo, url, repo).data
+        found = self._answer(_ScopeRepo, url, repo, check).data
         files = [
-            RemoteFile(safe_name(entry.path), _or_unknown(entry.size), entry.sha256 or "")
+            RemoteFile(entry.path, _or_unknown(entry.size), entry.sha256 or "")
             for entry in found.files
             if entry.type == "blob"
         ]
@@ -179,9 +184,9 @@ class Hub:
         known = commit if commit and COMMIT.fullmatch(commit) else revision
         return Listing(repo, known, {file.path: file for file in files}, "modelscope")
 
-    def _answer(self, form: type[Form], url: str, repo: str) -> Form:
+    def _answer(self, form: type[Form], url: str, repo: str, check: Check) -> Form:
         try:
-            return form.model_validate(self._json(url, repo))
+            return form.model_validate(self._json(url, repo, check))
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "the whole"
@@ -192,13 +197,14 @@ class Hub:
                 OTHER_SOURCE,
             ) from error
 
-    def _json(self, url: str, repo: str) -> dict[str, Any]:
+    def _json(self, url: str, repo: str, check: Check) -> dict[str, Any]:
         import json
 
-        with self._get(url, {}, repo) as response, _translated(url):
+        with self._get(url, {}, repo, check) as response:
             raw = b""
-            for chunk in response.iter_bytes():
-                raw += chunk
+            for piece in _pieces(response, self.stall_seconds, check):
+                raw += piece
+                check()
                 if len(raw) > MAX_LISTING:
                     raise DownloadFailed("server", f"The list of {repo} is too long.", LATER)
         try:
@@ -217,33 +223,39 @@ class Hub:
         return f"{self.endpoint}{middle}/{quote(repo)}/resolve/{commit}/{name}"
 
     @contextlib.contextmanager
-    def open(self, repo: str, revision: str, file: RemoteFile, offset: int = 0) -> Iterator[Body]:
-        """The file's bytes from `offset` on. Raises Transient and DownloadFailed."""
+    def open(
+        self,
+        repo: str,
+        revision: str,
+        file: RemoteFile,
+        offset: int = 0,
+        check: Check = lambda: None,
+    ) -> Iterator[Body]:
+        """The file's bytes from `offset` on. Raises like `list`."""
         headers = {"Range": f"bytes={offset}-"} if offset else {}
-        with self._get(self.url(repo, revision, file.path), headers, repo, file) as response:
+        url = self.url(repo, revision, file.path)
+        with self._get(url, headers, repo, check, file) as response:
             kind = response.headers.get("Content-Type", "")
             if kind.startswith("text/html") and not file.path.endswith(".html"):
                 raise Transient("web page", f"a web page came in place of {file.path}")
             start = _start_of(response, file) if response.status_code == 206 else 0
             if start > offset:
                 raise Transient("server", f"the server sent the wrong part of {file.path}")
-            yield Body(start, _pieces(response, self.stall_seconds))
+            yield Body(start, _pieces(response, self.stall_seconds, check))
 
     @contextlib.contextmanager
     def _get(
-        self, url: str, headers: dict[str, str], repo: str, file: RemoteFile | None = None
+        self,
+        url: str,
+        headers: dict[str, str],
+        repo: str,
+        check: Check,
+        file: RemoteFile | None = None,
     ) -> Iterator["httpx2.Response"]:
         """A streamed answer with a good status, after at most MAX_HOPS redirects."""
-        from huggingface_hub.utils import build_hf_headers, get_session
-
-        client = get_session()
         for _ in range(MAX_HOPS + 1):
-            self._check_address(url)
-            token = (self.token or False) if self._may_have_token(url) else False
-            sent = build_hf_headers(token=token) | {"Accept-Encoding": "identity"} | headers
-            request = client.build_request("GET", url, headers=sent, timeout=self.stall_seconds)
-            with _translated(url):
-                response = client.send(request, stream=True, follow_redirects=False)
+            ask = functools.partial(self._ask, url, headers)
+            response = patiently(ask, check, _close_late)
             try:
                 self._check_peer(url, response)
                 if file:
@@ -256,6 +268,17 @@ class Hub:
             finally:
                 response.close()
         raise DownloadFailed("redirect", f"{self.endpoint} redirects in a circle.", LATER)
+
+    def _ask(self, url: str, headers: dict[str, str]) -> "httpx2.Response":
+        from huggingface_hub.utils import build_hf_headers, get_session
+
+        self._check_address(url)
+        token = (self.token or False) if self._may_have_token(url) else False
+        sent = build_hf_headers(token=token) | {"Accept-Encoding": "identity"} | headers
+        client = get_session()
+        request = client.build_request("GET", url, headers=sent, timeout=self.stall_seconds)
+        with _translated(url):
+            return client.send(request, stream=True, follow_redirects=False)
 
     def _next(self, url: str, location: str) -> str:
         """Where a redirect leads. Raises DownloadFailed where that is no address."""
@@ -352,10 +375,9 @@ def _or_unknown(size: int | None) -> int:
 
 
 def _remote(sibling: _Sibling) -> RemoteFile:
-    path = safe_name(sibling.rfilename)
     if sibling.lfs:
-        return RemoteFile(path, sibling.lfs.size, sibling.lfs.sha256)
-    return RemoteFile(path, _or_unknown(sibling.size), "", sibling.blob_id or "")
+        return RemoteFile(sibling.rfilename, sibling.lfs.size, sibling.lfs.sha256)
+    return RemoteFile(sibling.rfilename, _or_unknown(sibling.size), "", sibling.blob_id or "")
 
 
 def safe_name(path: str) -> str:
@@ -461,6 +483,10 @@ def _check_status(
     except errors.HfHubHTTPError as error:
         if status in (401, 403) and not isinstance(error, errors.RevisionNotFoundError):
             raise _no_access(repo, endpoint) from error
+        if isinstance(error, errors.RevisionNotFoundError):
+            hint = "`qit models download --update` goes on to the current one."
+            text = f"{endpoint} has no longer the revision of {repo} that was asked for."
+            raise DownloadFailed("not found", text, hint) from error
         if status == 404 or isinstance(error, errors.RepositoryNotFoundError):
             hint = (
                 "Update QwenImageTool: the file may have moved. Nothing else was fetched instead."
@@ -484,8 +510,10 @@ def _retry_after(response: "httpx2.Response") -> float:
     return min(float(text), MAX_RETRY_AFTER) if text.isdecimal() else 0.0
 
 
-def _pieces(response: "httpx2.Response", stall_seconds: float) -> Iterator[memoryview]:
-    """The body of an answer. Raises Transient.
+def _pieces(
+    response: "httpx2.Response", stall_seconds: float, check: Check
+) -> Iterator[memoryview]:
+    """The body of an answer. Raises Transient, and what `check` does.
 
     httpx2 gives 64 KiB at a time after three copies, which costs more than their SHA-256. When it
     has given the first of them, nothing of the body is left in its parser: the rest is read from
@@ -493,13 +521,34 @@ def _pieces(response: "httpx2.Response", stall_seconds: float) -> Iterator[memor
     """
     with _translated("the server"):
         body = response.iter_raw()
-        first = next(body, b"")
+        first = _piece(response, body, check) or b""
         yield memoryview(first)
         left = int(response.headers.get("Content-Length", 0)) - len(first)
         if left > 0 and (source := _socket_of(response)):
             yield from _from_socket(source, left, stall_seconds)
         else:
-            yield from (memoryview(piece) for piece in body)
+            while (piece := _piece(response, body, check)) is not None:
+                yield memoryview(piece)
+
+
+def _piece(response: "httpx2.Response", body: Iterator[bytes], check: Check) -> bytes | None:
+    """The next of the client's own pieces; None at the end. Where `check` raises, the connection
+    is ended and left by the thread that waits for it before anybody closes it."""
+    done = threading.Event()
+    try:
+        return patiently(lambda: next(body, None), check, lambda _: done.set())
+    except BaseException:
+        if not done.is_set() and (stream := response.extensions.get("network_stream")):
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(stream.get_extra_info("socket"), socket.SHUT_RDWR)
+            done.wait(1)
+        raise
+
+
+def _close_late(answer: "Future[httpx2.Response]") -> None:
+    """Of an answer that nobody waits for any more."""
+    if answer.exception() is None:
+        answer.result().close()
 
 
 def _socket_of(response: "httpx2.Response") -> socket.socket | None:

@@ -18,27 +18,30 @@ from qwen_image_tool.errors import (
     ModelBroken,
     ModelMissing,
 )
-from qwen_image_tool.store import verify
-from qwen_image_tool.store.download import Control, Effort, Progress, fetch, to_come
+from qwen_image_tool.store import updates, verify
+from qwen_image_tool.store.download import Control, Effort, Progress, fetch, make_room, to_come
 from qwen_image_tool.store.formats import (
-    HINTS,
     NOT_TAKEN,
     RUNNING,
     WORDS,
     Checkpoint,
-    check_model,
-    check_taken,
-    check_whole,
     fits,
     recognise,
 )
-from qwen_image_tool.store.headers import SUFFIXES
 from qwen_image_tool.store.hub import Hub
+from qwen_image_tool.store.imports import check_importable, take
 from qwen_image_tool.store.licences import Accepted, Licences
-from qwen_image_tool.store.links import content, delete, freed_by, link, names
+from qwen_image_tool.store.links import content, delete, freed_by, link, names, size_of
 from qwen_image_tool.store.locks import LOCK, ask_to_pause, is_locked, locked, pausable, writing
+from qwen_image_tool.store.patience import Check
 from qwen_image_tool.store.places import Elsewhere
-from qwen_image_tool.store.published import licence_text, list_files, model_files, variant_file
+from qwen_image_tool.store.published import (
+    licence_text,
+    list_files,
+    model_files,
+    pinned,
+    variant_file,
+)
 from qwen_image_tool.store.record import (
     IMPORTED,
     OWN,
@@ -52,7 +55,7 @@ from qwen_image_tool.store.record import (
     write_record,
 )
 from qwen_image_tool.store.verify import Fault
-from qwen_image_tool.types import Event, Notice, VerifyProgress
+from qwen_image_tool.types import Event, Notice
 
 BY_NOTE = ("transformer", "text_encoder", "variants")  # what the engine's own reader opens
 
@@ -123,7 +126,7 @@ class Library:
         Goes on where an earlier download stopped, at the revision of that one, and links what the
         disk already has. Where a transformer was imported and no `variant` is named, the rest is
         fetched around that one. `again` deletes what was fetched first; `update` goes on to the
-        hub's current revision, deletes what that changes and fetches the new. Raises
+        hub's current revision: what is here stays until all that changes has come. Raises
         LicenceNotAccepted, DownloadFailed, Paused or Cancelled.
         """
         control = control or Control()
@@ -131,12 +134,14 @@ class Library:
         _check_published(model)
         folder = self.folder(model)
         if again or update or not self._is_planned(_record_or_none(folder), model, name):
-            self._check_licence(model, accept_licence)
+            self._check_licence(model, accept_licence, control.check)
         with locked(folder), pausable(folder, control):
+            updates.finish(folder)
             if again:  # without a hub that answers, all would be gone
                 list_files(self._connect(), model.repo, check=control.check)
                 self._forget_fetched(folder)
-            record = self._plan(folder, model, name, update, emit, control)
+            self._update(folder, model, name, update, emit, control)
+            record = self._plan(folder, model, name, emit, control)
             self._finish(folder, record, model, emit, control)
         return folder
 
@@ -184,30 +189,51 @@ class Library:
         others = [part for part in model.components if part != "transformer"]
         return all(any(file.repo for file in record.within(part)) for part in others)
 
-    def _plan(
-        self, folder: Path, model: Model, name: str, update: bool, emit: Emit, control: Control
-    ) -> Record:
-        """The files to have with the variant `name`, pinned: an earlier record's stay as they are,
-        unless `update`. Written to disk."""
+    def _plan(self, folder: Path, model: Model, name: str, emit: Emit, control: Control) -> Record:
+        """The files to have with the variant `name`, pinned: an earlier record's stay as they are.
+        Written to disk."""
         old = read_record(folder) or Record(model=model.id)
-        if self._is_planned(old, model, name) and not update:
+        if self._is_planned(old, model, name):
             return old
-        variants = tuple(dict.fromkeys((*old.variants, name)))
-        wanted = variants if update else (name,)
-        files = {file.path: file for file in self._published(model, old, wanted, update, control)}
-        files |= {file.path: file for file in old.files if not update or not file.repo}
-        if update:
-            emit(Notice(text=_what_changes(model, old, files)))
-            _retire(folder, files, old)
-        self._distrust_strangers(folder, files, old, control)
-        record = Record(
-            model=model.id,
-            variants=variants,
-            files=tuple(files[path] for path in sorted(files)),
-        )
-        folder.mkdir(parents=True, exist_ok=True)
+        record = self._recorded(model, old, (name,), False, control)
+        self._distrust_strangers(folder, record, old, emit, control)
         write_record(folder, record)
         return record
+
+    def _update(
+        self, folder: Path, model: Model, name: str, look: bool, emit: Emit, control: Control
+    ) -> None:
+        """Fetch what a newer revision changes beside what is here, then put it in place: the hub's
+        current one where that is to be looked for, else one whose update was stopped, if any."""
+        old, place = read_record(folder), updates.stage(folder)
+        new = None if look else read_record(place)
+        if old is None or not (look or new):
+            return
+        if new is None:
+            new = self._recorded(model, old, (*old.variants, name), True, control)
+            updates.begin(folder, new)
+        emit(Notice(text=_what_changes(model, old, new)))
+        coming = Record(model=model.id, files=updates.changes(old, new))
+        try:
+            make_room(folder, coming.files)
+            self._complete(place, coming, emit, control)
+        except Cancelled:
+            updates.discard(folder)
+            raise
+        updates.put_in_place(folder)
+
+    def _recorded(
+        self, model: Model, old: Record, wanted: tuple[str, ...], update: bool, control: Control
+    ) -> Record:
+        """`old` with the published files of the variants `wanted`; unless `update`, none that it
+        has is another after that."""
+        files = {file.path: file for file in self._published(model, old, wanted, update, control)}
+        files |= {file.path: file for file in old.files if not update or not file.repo}
+        return Record(
+            model=model.id,
+            variants=tuple(dict.fromkeys((*old.variants, *wanted))),
+            files=tuple(files[path] for path in sorted(files)),
+        )
 
     def _published(
         self,
@@ -221,10 +247,14 @@ class Library:
         hub = self._connect()
         revision = self._revision(hub, model, old, update)
         listing = list_files(hub, model.repo, revision, control.check)
-        for name in variants:
+        if revision in ("", model.revision):  # an earlier download may be of another revision
+            listing = pinned(listing, model.pinned)
+        for name in dict.fromkeys(variants):
             yield from model_files(model, listing, name, old.parts)
             if name not in old.imported and (variant := model.variant(name)):
-                yield variant_file(variant, list_files(hub, variant.repo, check=control.check))
+                commit = variant.revision if hub.kind == "huggingface" else ""
+                found = list_files(hub, variant.repo, commit, control.check)
+                yield variant_file(variant, found)
 
     @staticmethod
     def _revision(hub: Hub, model: Model, old: Record, update: bool) -> str:
@@ -237,15 +267,19 @@ class Library:
 
     @staticmethod
     def _distrust_strangers(
-        folder: Path, files: dict[str, Kept], old: Record, control: Control
+        folder: Path, record: Record, old: Record, emit: Emit, control: Control
     ) -> None:
         """Files that somebody put there are proven before they count; wrong ones make room."""
         known = {file.path for file in old.files}
-        for file in files.values():
-            path = folder / file.path
-            here = file.path not in known and content(path).is_file()
-            if here and not _is(path, file, control):
-                delete(path)
+        found = [file for file in record.files if file.path not in known]
+        found = [file for file in found if content(folder / file.path).is_file()]
+        size = sum(size_of(folder / file.path) for file in found)
+        if found:
+            emit(Notice(text=f"{folder} has {len(found)} of the files: they are looked at."))
+        count = verify.Count(record.model, size, emit, control.check)
+        for file in found:
+            if not _is(folder / file.path, file, count):
+                delete(folder / file.path)
 
     def _finish(
         self, folder: Path, record: Record, model: Model, emit: Emit, control: Control
@@ -265,10 +299,11 @@ class Library:
         progress = Progress(record.model, sum(file.size for file in record.files), emit)
         wanted = []
         for file in record.files:
-            if _size(folder / file.path) == file.size:
+            if size_of(folder / file.path) == file.size:
                 progress.have(file.size, file.path)
             else:
                 wanted.append(file)
+        make_room(folder, wanted)
         left = list(self._adopt(folder, wanted, progress, emit, control))
         self._point_out(record, left, emit)
         for file in left:
@@ -295,6 +330,13 @@ class Library:
         control: Control,
     ) -> Iterator[Kept]:
         """Link what this disk has already; yields what it has not."""
+
+        def proven(path: Path, file: Kept) -> bool:
+            tell = emit if file.size >= verify.REPORT_EVERY else (lambda _: None)
+            if size_of(path) == file.size:
+                tell(Notice(text=f"{path} may be {file.path}: its hash is looked at."))
+            return _is(path, file, verify.Count(progress.model, file.size, tell, control.check))
+
         wanted = list(wanted)
         ours = self._our_files()
         foreign = self._elsewhere.by_size() if wanted else {}
@@ -304,12 +346,13 @@ class Library:
             candidates = [(path, True) for path in ours.get(file.identity, ())]
             candidates += [] if file.repo else [(Path(file.source), False)]
             candidates += [(path, False) for path in foreign.get(file.size, ())]
-            source = next(((p, own) for p, own in candidates if _is(p, file, control)), None)
+            source = next(((p, own) for p, own in candidates if proven(p, file)), None)
             if source is None or not link(*source, folder / file.path, partial, _by_note(file)):
                 yield file
                 continue
             progress.have(file.size, file.path)
-            emit(Notice(text=f"{file.path}: already on this computer ({source[0]})."))
+            if file.is_weights:
+                emit(Notice(text=f"{file.path}: already on this computer ({source[0]})."))
 
     def _point_out(self, record: Record, left: Iterable[Kept], emit: Emit) -> None:
         """Weights that are about to be fetched, and may be here in another program's file."""
@@ -327,18 +370,18 @@ class Library:
             record = _record_or_none(self.folder(model))
             for file in record.files if record else ():
                 path = self.folder(model) / file.path
-                if file.identity and _size(path) == file.size:
+                if file.identity and size_of(path) == file.size:
                     found.setdefault(file.identity, []).append(path)
         return found
 
     # -- licence -----------------------------------------------------------------------------
 
-    def licence_text(self, model: Model) -> str:
+    def licence_text(self, model: Model, check: Check = lambda: None) -> str:
         """The licence's own text from the model's repository; its name and address where the
-        repository has none. Raises DownloadFailed."""
+        repository has none. Raises DownloadFailed, and what `check` does."""
         licence, hub = self.catalog.licence_of(model), self._connect()
         revision = self._revision(hub, model, Record(model=model.id), update=True)
-        text = licence_text(hub, list_files(hub, model.repo, revision))
+        text = licence_text(hub, list_files(hub, model.repo, revision, check), check)
         return text or f"{licence.name}\n{licence.url}"
 
     def accepted(self, model: Model) -> Accepted | None:
@@ -346,7 +389,7 @@ class Library:
         found = self._licences.accepted(model.licence)
         return found[-1] if found else None
 
-    def _check_licence(self, model: Model, accept: bool) -> None:
+    def _check_licence(self, model: Model, accept: bool, check: Check) -> None:
         """Free ones need nothing; of others each wording is agreed to. Raises
         LicenceNotAccepted."""
         licence, known = self.catalog.licence_of(model), self._licences.accepted(model.licence)
@@ -358,7 +401,7 @@ class Library:
                 f" {licence.url}.",
                 "Read it, and add --yes-license if you agree.",
             )
-        text = self.licence_text(model)
+        text = self.licence_text(model, check)
         if text in [each.text for each in known]:
             return
         if not accept:
@@ -406,8 +449,10 @@ class Library:
     ) -> tuple[Fault, ...]:
         """Fetch what is broken and nothing else; returns what was. Raises like `download`."""
         control = control or Control()
-        faults = self.verify(model, full, emit, control.stopped.is_set)
         folder = self._existing(model)
+        with locked(folder):
+            updates.finish(folder)
+        faults = self.verify(model, full, emit, control.stopped.is_set)
         record = read_record(folder)
         if record is None:
             raise BadRequest(
@@ -420,38 +465,50 @@ class Library:
                 raise ModelMissing(
                     fault.message, f"`qit models download {model.id}` fetches what is needed."
                 )
+        broken = {fault.path for fault in faults if fault.path in known}
         with locked(folder), pausable(folder, control):
-            for fault in faults:
-                if fault.path in known:
-                    delete(folder / fault.path)
+            make_room(folder, [file for file in record.files if file.path in broken])
+            for path in broken:
+                delete(folder / path)
             self._finish(folder, record, model, emit, control)
         return faults
 
     def remove(self, model: Model, variant: str = "") -> int:
         """Delete `model`, or one variant of it; returns the bytes that became free. What another
-        model shares stays with that one. Raises ModelMissing, and BadRequest for a variant that
-        is not here."""
+        model shares stays with that one, and with a variant nothing else goes, be it the last.
+        Raises ModelMissing, and BadRequest for a variant that is not here."""
         folder = self._existing(model)
-        record = _record_or_none(folder)
-        here = self.variants(model) if record else (OWN,)
-        if variant and variant not in here:
-            variant = self._variant_name(model, variant)
-        if variant and variant not in here:
-            raise BadRequest(
-                f"Of {model.name} no {variant} is here.", f"Here is: {', '.join(here) or 'none'}."
-            )
+        name = self._here(model, variant) if variant else ""
         with locked(folder):
-            left = record and variant and self._without(record, variant)
-            if record and left:
-                gone = {folder / file.path for file in record.files if file not in left.files}
-                write_record(folder, left)
-                freed = sum(delete(path) for path in gone)
-                for place in {path.parent for path in gone}:
-                    if place.is_dir() and not any(place.iterdir()):
-                        place.rmdir()
-                return freed
-            freed = self._clear(folder)
-        shutil.rmtree(folder, ignore_errors=True)
+            freed = self._remove_variant(folder, name) if name else self._clear(folder)
+            is_empty = all(path.name == PRIVATE for path in folder.iterdir())
+        if is_empty:
+            shutil.rmtree(folder, ignore_errors=True)
+        return freed
+
+    def _here(self, model: Model, variant: str) -> str:
+        """A variant that is here, by its own name. Raises BadRequest."""
+        here = self.variants(model) if _record_or_none(self.folder(model)) else (OWN,)
+        name = variant if variant in here else self._variant_name(model, variant)
+        if name not in here:
+            raise BadRequest(
+                f"Of {model.name} no {name} is here.", f"Here is: {', '.join(here) or 'none'}."
+            )
+        return name
+
+    def _remove_variant(self, folder: Path, name: str) -> int:
+        updates.finish(folder)
+        updates.discard(folder)  # its record knows the variant
+        record = _record_or_none(folder)
+        if record is None:
+            return self._clear(folder / transformer_folder(name))
+        left = self._without(record, name)
+        gone = {folder / file.path for file in record.files if file not in left.files}
+        write_record(folder, left)
+        freed = sum(delete(path) for path in gone)
+        for place in {path.parent for path in gone}:
+            if place.is_dir() and not any(place.iterdir()):
+                place.rmdir()
         return freed
 
     def frees(self, model: Model) -> tuple[int, int]:
@@ -460,6 +517,11 @@ class Library:
         paths = [path for path in self._existing(model).rglob("*") if path.is_file()]
         freed = freed_by(paths)
         return freed, sum(path.stat().st_size for path in paths) - freed
+
+    def free_bytes(self) -> int:
+        """Of the disk that the models folder is on, or will be."""
+        found = (self.models, *self.models.absolute().parents)
+        return shutil.disk_usage(next(path for path in found if path.exists())).free
 
     def used_bytes(self) -> int:
         """What the models folder takes, each content once."""
@@ -472,15 +534,13 @@ class Library:
         return sum(sizes.values())
 
     @staticmethod
-    def _without(record: Record, variant: str) -> Record | None:
-        """The record without a variant, or an imported part; None where that leaves no
-        transformer."""
+    def _without(record: Record, variant: str) -> Record:
+        """The record without a variant, or an imported part."""
         part = variant.removeprefix(IMPORTED)
         start = (part if part in record.parts else transformer_folder(variant)) + "/"
         files = tuple(file for file in record.files if not file.path.startswith(start))
         names = tuple(name for name in record.variants if name != variant)
-        left = Record(model=record.model, variants=names, files=files)
-        return left if names or left.taken else None
+        return Record(model=record.model, variants=names, files=files)
 
     def pause(self, model: Model) -> None:
         """Ask the process that downloads `model` to stop; it does within a second or so. Raises
@@ -500,70 +560,15 @@ class Library:
         emit: Emit = lambda _: None,
         is_cancelled: Callable[[], bool] = lambda: False,
     ) -> Path:
-        """Take another program's file for `model`: a transformer as a variant, a text encoder in
-        place of the published one. It is used where it lies, and never changed. What it is, its
-        keys and shapes say. `download` then fetches what the model needs beside it.
-
-        It is read once, for its hash. Returns its name in the model's folder. Raises ModelBroken
-        (also where tensors are missing), ModelUnsupported (can't be read yet), BadRequest (another
-        model's) and Cancelled.
-        """
+        """Take another program's file for `model`, as `imports.take`; `download` then fetches what
+        the model needs beside it."""
         _check_published(model)
-        found = recognise(path)
-        check_taken(found)
-        check_model(found, model)
-        check_whole(path)
+        check_importable(path, model)
         folder = self.folder(model)
-        is_part = found.kind != "transformer"
-        place = found.kind if is_part else transformer_folder(IMPORTED + found.storage)
-        name = path.name if path.suffix in SUFFIXES else f"{path.name}.{found.container}"
-        target = folder / place / name
         with locked(folder):
-            before = old = read_record(folder) or Record(model=model.id)
-            if not found.unsupported:
-                old = _make_way(folder, old, found.kind)
-            if any(file.repo for file in old.weights(place)):
-                raise BadRequest(
-                    f"The {WORDS[found.kind]} that {model.name} is published with is here already.",
-                    "There is nothing to import.",
-                )
-            file = self._hashed(path, target.relative_to(folder), model, emit, is_cancelled)
-            link(path, False, target, partial_path(folder, file), by_note=True)
-            files = tuple(f for f in old.files if f not in old.weights(place))
-            for earlier in before.files:
-                if earlier not in files and earlier.path != file.path:
-                    delete(folder / earlier.path)
-            write_record(folder, old.model_copy(update={"files": (*files, file)}))
-        return target
-
-    @staticmethod
-    def _hashed(
-        path: Path, name: Path, model: Model, emit: Emit, is_cancelled: Callable[[], bool]
-    ) -> Kept:
-        """A file of another program as a record has it."""
-        size, done = path.stat().st_size, 0
-        file = Kept(
-            path=name.as_posix(), repo="", revision="", source=str(path.resolve()), size=size
-        )
-
-        def count(read: int) -> None:
-            nonlocal done
-            if is_cancelled():
-                raise Cancelled("Stopped.", "Nothing was changed.")
-            done += read
-            if done == size or done % verify.REPORT_EVERY < read:
-                emit(
-                    VerifyProgress(
-                        model=model.id, done_bytes=done, total_bytes=size, file=file.path
-                    )
-                )
-
-        try:
-            return file.model_copy(update={"sha256": digest_file(path, file, count)[0].hex})
-        except OSError as error:
-            raise ModelBroken(
-                "unreadable", f"{path} can't be read ({error.strerror}).", HINTS["unreadable"]
-            ) from error
+            updates.finish(folder)
+            updates.discard(folder)  # its record does not know the file
+            return take(path, model, folder, emit, verify.check_cancelled(is_cancelled))
 
     def _existing(self, model: Model) -> Path:
         _check_published(model)
@@ -606,34 +611,17 @@ def _by_note(file: Kept) -> bool:
     return file.is_weights and file.path.split("/")[0] in BY_NOTE
 
 
-def _make_way(folder: Path, record: Record, part: str) -> Record:
-    """The record without a published part whose weights are not all here: another program's file
-    takes their place."""
-    published = [file for file in record.weights(part) if file.repo]
-    if all(_size(folder / file.path) == file.size for file in published):
-        return record
-    gone = [file for file in record.within(part) if file.repo]
-    variants = [name for name in record.variants if transformer_folder(name) != part]
-    files = [file for file in record.files if file not in gone]
-    return Record(model=record.model, variants=tuple(variants), files=tuple(files))
-
-
-def _what_changes(model: Model, old: Record, files: dict[str, Kept]) -> str:
-    before = old.revision(model.repo)
-    after = next((file.revision for file in files.values() if file.repo == model.repo), "")
-    had = {file.path: file.identity for file in old.files}
-    changed = sum(had.get(path) != file.identity for path, file in files.items())
-    if not changed:
+def _what_changes(model: Model, old: Record, new: Record) -> str:
+    before, after = old.revision(model.repo), new.revision(model.repo)
+    changed = updates.changes(old, new)
+    gone = {file.path for file in old.files} - {file.path for file in new.files}
+    if not changed and not gone:
         return f"{model.name} is at the current revision, {after}."
-    return f"{model.name} goes from revision {before or 'none'} to {after}: {changed} files change."
-
-
-def _retire(folder: Path, files: dict[str, Kept], old: Record) -> None:
-    """Delete what an update changes: a file of the same size could pass for the new one."""
-    for file in old.files:
-        new = files.get(file.path)
-        if new is None or new.identity != file.identity:
-            delete(folder / file.path)
+    size = sum(file.size for file in changed)
+    return (
+        f"{model.name} goes from revision {before or 'none'} to {after}: {len(changed)} files"
+        f" change. What is here stays until they have come ({size / 1e9:.2f} GB)."
+    )
 
 
 def _check_published(model: Model) -> None:
@@ -652,20 +640,13 @@ def _record_or_none(folder: Path) -> Record | None:
         return None
 
 
-def _size(path: Path) -> int:
-    try:
-        return content(path).stat().st_size
-    except OSError:
-        return -1
-
-
-def _is(path: Path, file: Kept, control: Control) -> bool:
+def _is(path: Path, file: Kept, count: verify.Count) -> bool:
     """Whether the content of `path` is proven to be that of `file`."""
     try:
         return (
-            _size(path) == file.size
+            size_of(path) == file.size
             and bool(file.identity)
-            and digest_file(content(path), file, lambda _: control.check())[0].agrees
+            and digest_file(content(path), file, lambda n: count.add(n, file.path))[0].agrees
         )
     except OSError:
         return False

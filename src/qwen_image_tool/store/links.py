@@ -28,6 +28,14 @@ def content(path: Path) -> Path:
     return path if is_other else named
 
 
+def size_of(path: Path) -> int:
+    """Bytes of the content; -1 where there is none."""
+    try:
+        return content(path).stat().st_size
+    except OSError:
+        return -1
+
+
 def weight_files(folder: Path) -> dict[str, Path]:
     """The weight files of a component by name, and where their content lies."""
     names = sorted({path.name.removesuffix(NOTE) for path in folder.iterdir()})
@@ -69,6 +77,17 @@ def delete(path: Path) -> int:
         return 0
     path.unlink()
     return found.st_size if found.st_nlink == 1 and stat.S_ISREG(found.st_mode) else 0
+
+
+def move(source: Path, target: Path) -> None:
+    """Give `target` what `source` is: a file, a link or a note; nothing, where it was moved before.
+    Both lie on one volume."""
+    for one, place in zip(names(source), names(target), strict=True):
+        if one.exists() or one.is_symlink():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            one.replace(place)
+            for other in {*names(target)} - {place}:
+                other.unlink(missing_ok=True)
 
 
 def freed_by(paths: Iterable[Path]) -> int:

@@ -1,11 +1,21 @@
 """What makes up a model at the hub: which files, from which commit, and their small texts."""
 
-from collections.abc import Callable, Collection
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import TypeVar
 
-from qwen_image_tool.catalog import Model, Variant
+from qwen_image_tool.catalog import Model, PinnedFile, Variant
 from qwen_image_tool.errors import DownloadFailed
-from qwen_image_tool.store.hub import OTHER_SOURCE, Hub, Listing, RemoteFile, Transient
+from qwen_image_tool.store.hub import (
+    OTHER_SOURCE,
+    Hub,
+    Listing,
+    RemoteFile,
+    Transient,
+    safe_name,
+)
+from qwen_image_tool.store.patience import Check, sleep
 from qwen_image_tool.store.record import OWN, Digest, Kept, transformer_folder
 
 TEXTS = (".json", ".txt", ".jinja", ".model")
@@ -15,9 +25,9 @@ TRIES = 5
 Answer = TypeVar("Answer")
 
 
-def _insist(ask: Callable[[], Answer], what: str, check: Callable[[], None]) -> Answer:
-    """The answer to a short question, after a few tries; before each one `check` is called.
-    Raises DownloadFailed, and what `check` does."""
+def _insist(ask: Callable[[], Answer], what: str, check: Check) -> Answer:
+    """The answer to a short question, after a few tries. Raises DownloadFailed, and what `check`
+    does."""
     from tenacity import (
         Retrying,
         retry_if_exception_type,
@@ -29,6 +39,7 @@ def _insist(ask: Callable[[], Answer], what: str, check: Callable[[], None]) -> 
         retry=retry_if_exception_type(Transient),
         stop=stop_after_attempt(TRIES),
         wait=wait_random_exponential(0.2, 10),
+        sleep=functools.partial(sleep, check=check),
         reraise=True,
     )
 
@@ -47,26 +58,44 @@ def _insist(ask: Callable[[], Answer], what: str, check: Callable[[], None]) -> 
         ) from error
 
 
-def list_files(
-    hub: Hub, repo: str, revision: str = "", check: Callable[[], None] = lambda: None
-) -> Listing:
+def list_files(hub: Hub, repo: str, revision: str = "", check: Check = lambda: None) -> Listing:
     """The files of `repo` at `revision`, or at its current commit. `check` may raise to end it.
     Raises DownloadFailed."""
-    return _insist(lambda: hub.list(repo, revision), f"The list of files of {repo}", check)
+    return _insist(lambda: hub.list(repo, revision, check), f"The list of files of {repo}", check)
 
 
-def licence_text(hub: Hub, listing: Listing) -> str:
-    """The repository's licence; "" where it has none. Raises DownloadFailed."""
+def pinned(listing: Listing, pins: Mapping[str, PinnedFile]) -> Listing:
+    """The listing with the sizes and hashes of `pins`, where the hub gives none. Raises
+    DownloadFailed where it gives others, or lacks such a file."""
+    return replace(listing, files=listing.files | dict(_pinned(listing, pins)))
+
+
+def _pinned(listing: Listing, pins: Mapping[str, PinnedFile]) -> Iterator[tuple[str, RemoteFile]]:
+    for path, pin in pins.items():
+        if path not in listing.files:
+            raise _absent(path, listing)
+        found = listing.files[path]
+        if found.size not in (-1, pin.bytes) or found.sha256 not in ("", pin.sha256):
+            raise DownloadFailed(
+                "changed",
+                f"{listing.repo} has another {path} than the one this version was made for.",
+                "Update QwenImageTool, or take another source. Nothing was fetched in its place.",
+            )
+        yield path, RemoteFile(path, pin.bytes, pin.sha256)
+
+
+def licence_text(hub: Hub, listing: Listing, check: Check) -> str:
+    """Of the repository; "" where it has none. Raises DownloadFailed, and what `check` does."""
     file = next((file for path, file in listing.files.items() if _is_licence(path)), None)
-    return _small_text(hub, listing, file) if file and 0 <= file.size <= MAX_LICENCE else ""
+    return _small_text(hub, listing, file, check) if file and 0 <= file.size <= MAX_LICENCE else ""
 
 
-def _small_text(hub: Hub, listing: Listing, file: RemoteFile) -> str:
-    """A file's text, when its hash agrees. Raises DownloadFailed."""
+def _small_text(hub: Hub, listing: Listing, file: RemoteFile, check: Check) -> str:
+    """A file's text, when its hash agrees. Raises DownloadFailed, and what `check` does."""
     kept = _kept(file, file.path, listing)
 
     def read() -> str:
-        with hub.open(listing.repo, listing.revision, file) as body:
+        with hub.open(listing.repo, listing.revision, file, check=check) as body:
             data = b"".join(map(bytes, body.pieces))
         digest = Digest(kept)
         digest.update(data)
@@ -74,7 +103,7 @@ def _small_text(hub: Hub, listing: Listing, file: RemoteFile) -> str:
             raise Transient("hash", f"{file.path} came with wrong bytes")
         return data.decode(errors="replace")
 
-    return _insist(read, file.path, lambda: None)
+    return _insist(read, file.path, check)
 
 
 def model_files(
@@ -122,8 +151,10 @@ def variant_file(variant: Variant, listing: Listing) -> Kept:
     ]
     if len(matches) != 1:
         raise _absent(variant.file, listing)
-    name = matches[0].path.rpartition("/")[2]
-    return _kept(matches[0], f"{transformer_folder(variant.id)}/{name}", listing)
+    path = matches[0].path
+    proven = pinned(listing, {path: variant.pinned} if variant.pinned else {})
+    name = path.rpartition("/")[2]
+    return _kept(proven.files[path], f"{transformer_folder(variant.id)}/{name}", listing)
 
 
 def _absent(what: str, listing: Listing) -> DownloadFailed:
@@ -135,7 +166,9 @@ def _absent(what: str, listing: Listing) -> DownloadFailed:
 
 
 def _kept(file: RemoteFile, path: str, listing: Listing) -> Kept:
-    """Raises DownloadFailed where nothing would prove that the file came whole."""
+    """Raises DownloadFailed where nothing would prove that the file came whole, or its name could
+    leave the folder. Of files that no model needs any name will do."""
+    safe_name(file.path)
     kept = Kept(
         path=path,
         repo=listing.repo,

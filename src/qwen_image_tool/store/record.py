@@ -149,8 +149,13 @@ def settle(temporary: Path, final: Path) -> None:
     with temporary.open("rb+") as file:
         os.fsync(file.fileno())
     temporary.replace(final)
+    sync_folder(final.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """The names in it are on disk. Windows does that by itself."""
     if os.name == "posix":
-        directory = os.open(final.parent, os.O_RDONLY)
+        directory = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(directory)
         finally:

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from qwen_image_tool.errors import Cancelled, FaultKind, ModelBroken
+from qwen_image_tool.store import updates
 from qwen_image_tool.store.headers import Header, read_header
 from qwen_image_tool.store.links import content, weight_files
+from qwen_image_tool.store.patience import Check
 from qwen_image_tool.store.record import (
     VARIANTS,
     Kept,
@@ -71,6 +73,8 @@ def faults_of(
     folder: Path, record: Record | None, parts: dict[str, "Component"]
 ) -> tuple[Fault, ...]:
     """Like `quick`, of components that have been read."""
+    if unfinished := updates.unfinished(folder):
+        return tuple(_not_updated(folder, file) for file in unfinished)
     faults = {fault.path: fault for fault in (_sizes(folder, record) if record else ())}
     for part in parts.values():
         for fault in part.faults:
@@ -78,6 +82,11 @@ def faults_of(
                 faults[fault.path] = fault
             faults.setdefault(fault.path, fault)
     return tuple(faults.values())
+
+
+def _not_updated(folder: Path, file: Kept) -> Fault:
+    message = f"The file {folder / file.path} is not yet that of the update which was begun."
+    return Fault(path=file.path, kind="interrupted", message=message)
 
 
 @dataclass(frozen=True)
@@ -181,6 +190,8 @@ def _size_fault(folder: Path, file: Kept) -> tuple[FaultKind | None, str]:
             have = begun.stat().st_size
             return "interrupted", f"was not fetched to its end ({have} of {file.size} bytes)"
         return "missing", "is missing"
+    if path.is_dir():
+        return "swapped", "is a folder, and a file of the model belongs there"
     if size == file.size:
         return None, ""
     if file.is_weights and (kind := _impostor(path)):
@@ -250,7 +261,8 @@ def full(
     workers: int | None = None,
 ) -> tuple[Fault, ...]:
     """Hash every file of the record, on all cores. Raises Cancelled."""
-    count = _Count(record, emit, is_cancelled)
+    total = sum(file.size for file in record.files)
+    count = Count(record.model, total, emit, check_cancelled(is_cancelled))
 
     def check(file: Kept) -> Fault | None:
         return _check_hash(folder, file, record, lambda n: count.add(n, file.path))
@@ -264,18 +276,25 @@ def full(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-class _Count:
-    def __init__(
-        self, record: Record, emit: Callable[[Event], None], is_cancelled: Callable[[], bool]
-    ) -> None:
-        self._model, self._emit, self._is_cancelled = record.model, emit, is_cancelled
-        self._total = sum(file.size for file in record.files)
+def check_cancelled(is_cancelled: Callable[[], bool]) -> Check:
+    def check() -> None:
+        if is_cancelled():
+            raise Cancelled("Stopped.", "Nothing was changed.")
+
+    return check
+
+
+class Count:
+    """Of `total` bytes that are hashed, in several threads; tells `emit` how far it is. `check`
+    may raise to end it."""
+
+    def __init__(self, model: str, total: int, emit: Callable[[Event], None], check: Check) -> None:
+        self._model, self._total, self._emit, self._check = model, total, emit, check
         self._done = self._said = 0
         self._lock = threading.Lock()
 
     def add(self, count: int, file: str) -> None:
-        if self._is_cancelled():
-            raise Cancelled("Stopped.", "Nothing was changed.")
+        self._check()
         with self._lock:
             self._done += count
             if self._done - self._said >= REPORT_EVERY or self._done >= self._total:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from qwen_image_tool.gauges import Gauge
 from qwen_image_tool.store.formats import WORDS, Stranger
 from qwen_image_tool.transfers import FETCHING, Transfer
-from qwen_image_tool.types import DownloadProgress, Failure
+from qwen_image_tool.types import DownloadProgress, Failure, VerifyProgress
 from qwen_image_tool.ui.kit import (
     button,
     fact,
@@ -161,6 +161,8 @@ def _progress(t: Words, transfer: Transfer) -> str:
     running = transfer.state == "running"
     parts = [names.get(transfer.action, t("Downloading")) if running else t("Paused")]
     found, share = transfer.progress, 0.0
+    if running and isinstance(found, VerifyProgress) and transfer.action in FETCHING:
+        parts = [t("Checking every byte")]  # of what was here before
     if found and found.total_bytes:
         share = found.done_bytes / found.total_bytes
         sizes = {"done": size_text(found.done_bytes), "total": size_text(found.total_bytes)}
