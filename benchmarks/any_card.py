@@ -334,23 +334,21 @@ def cache_dit(options: argparse.Namespace) -> dict[str, Any]:
     from cache_dit.offload import layerwise_offload
 
     def place(pipe: Any) -> None:
-        blocks = "transformer_blocks"
-        for name, part in pipe.transformer.named_children():
-            if name != blocks:
-                part.to("cuda")
+        # It moves single layers; of every block as many stay, beside 2 GiB on their way and the
+        # numbers of a step
         count = len(pipe.transformer.transformer_blocks)
-        # It holds up to eight blocks more, which are on their way
-        resident = int((options.cap - 2) * GIB / block_bytes(pipe.transformer)) - 8
-        resident = max(0, min(count - 4, resident))
+        block = pipe.transformer.transformer_blocks[0]
+        layers = sum(any(True for _ in part.parameters(recurse=False)) for part in block.modules())
+        share = max(0.0, (options.cap - 6) * GIB / (count * block_bytes(pipe.transformer)))
         layerwise_offload(
             pipe.transformer,
-            module_names=[f"{blocks}.{i}" for i in range(count)],
             async_transfer=True,
             non_blocking=True,
-            transfer_buckets=2,
-            prefetch_limit=True,
-            persistent_buckets=resident,
-            persistent_bins=max(1, resident),
+            transfer_buckets=4,
+            prefetch_limit=False,
+            max_inflight_prefetch_bytes=2 * GIB,
+            persistent_buckets=int(share * layers) * count,
+            persistent_bins=count,
         )
 
     return rival(options, place)

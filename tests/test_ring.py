@@ -334,7 +334,7 @@ def test_the_table_has_the_row_of_timestep_0_for_reference_pictures(
     )
     table = modulation.table(timesteps, tembs, Reader())
     assert table.rows.shape[:3] == (2, 3, 3)
-    for step, time in enumerate(times):
+    for step, scaled in enumerate(times):
         for number, block in enumerate(blocks):
             table.set(block, number, step)
-        assert torch.equal(plain(timestep=time, **inputs)[0], theirs[step])
+        assert torch.equal(plain(timestep=scaled, **inputs)[0], theirs[step])

@@ -15,6 +15,7 @@ from qwen_image_tool.errors import BadRequest, CannotRun, ToolError
 from qwen_image_tool.gallery.infotext import recalled
 from qwen_image_tool.rates import RateBook
 from qwen_image_tool.settings import Settings
+from qwen_image_tool.store.ahead import read_ahead
 from qwen_image_tool.store.library import Library
 from qwen_image_tool.store.places import Elsewhere, hugging_face_cache, other_programs
 from qwen_image_tool.types import (
@@ -296,13 +297,15 @@ class App:
 
     def _device_for(self, installed: store.Installed, emit: Callable[[Event], None]) -> Device:
         """The machine as it was before the engine took memory; a new engine for another model."""
-        from qwen_image_tool.engine.engine import Engine
-        from qwen_image_tool.engine.probe import torch_facts
-
         if self._engine is None or self._device is None or self._engine.installed != installed:
             self._forget_engine()
+            with read_ahead((installed.folder / "text_encoder", installed.transformer)):
+                from qwen_image_tool.engine.engine import Engine
+                from qwen_image_tool.engine.probe import torch_facts
+
+                facts = torch_facts()
             self._engine = Engine(installed, self.settings.cache, self._previews)
-            self._device = self._measured(device.probe(torch_facts()), emit)
+            self._device = self._measured(device.probe(facts), emit)
         return self._device
 
     def _forget_engine(self) -> None:

@@ -125,8 +125,8 @@ class Needs:
     # Memory
 
     def _device_bytes(self, way: Way) -> dict[PhaseName, int]:
-        """Where it is computed: on the GPU, or in RAM. The modulation table is made while the prompt
-        is read. What is compiled is tried once before the first step."""
+        """Where it is computed: on the GPU, or in RAM. The modulation table is made while the
+        prompt is read. What is compiled is tried once before the first step."""
         model, wide = self.installed, _widened(way)
         layers = model.text_layers
         kept = wide * (

@@ -334,7 +334,8 @@ def _reasons(needs: Needs, way: Way) -> Iterator[str]:
     yield from _why_mode(needs, way)
     if way.strips > 1:
         yield (
-            f"The picture is decoded in {way.strips} strips, to take little more memory than drawing."
+            f"The picture is decoded in {way.strips} strips, to take little more memory than"
+            " drawing."
         )
     if _limit(needs, way):
         yield f"torch may take {_gib(_limit(needs, way))}: it fails there instead of spilling over."
