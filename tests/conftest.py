@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from qwen_image_tool import device
+from running import keep_bytecode
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+keep_bytecode(Path(__file__).parent.parent / ".venv" / "bytecode")
 
 
 @pytest.fixture(autouse=True)
