@@ -13,6 +13,7 @@ from PIL import Image
 
 from qwen_image_tool.app import App
 from qwen_image_tool.errors import Busy
+from qwen_image_tool.feed import JobNews, News, QueueNews
 from qwen_image_tool.service import Service
 from running import FAKE, SMALL, Live, server, settings, wait
 
@@ -144,6 +145,37 @@ def test_all_news(live: Live) -> None:
     assert {"job", "queue", "event", "picture"} <= {news["kind"] for news in seen}
     steps = [news for news in seen if news["kind"] == "event" and news["event"]["kind"] == "step"]
     assert all(news["job"] == job and 0 <= news["progress"]["fraction"] <= 1 for news in steps)
+
+
+def test_the_last_news_of_the_queue_is_that_nothing_runs(live: Live) -> None:
+    seen: list[str | None] = []
+
+    def heard(news: News) -> None:
+        if isinstance(news, QueueNews):
+            seen.append(news.queue.running)
+
+    end = live.service.feed.subscribe(heard)
+    job = live.submit("a fox")
+    live.wait(job)
+    wait(lambda: seen[-1] is None and job in seen)
+    end()
+
+
+def test_news_of_a_job_that_the_last_end_interrupted(tmp_path: Path) -> None:
+    """Who asks while the gallery is looked at hears of it, as of any other."""
+    with server(tmp_path) as live:
+        live.http.post("/api/queue/pause")
+        job = live.submit("a fox")
+        assert live.service.jobs.take()
+    heard: list[str] = []
+    service = Service(App(settings(tmp_path)), command=FAKE)
+    service.feed.subscribe(
+        lambda news: heard.append(news.job.state) if isinstance(news, JobNews) else None
+    )
+    service.start()
+    wait(lambda: service.jobs.get(job).has_ended)
+    service.close()
+    assert heard == ["queued", "running", "done"]
 
 
 def test_pause_and_resume(live: Live) -> None:

@@ -300,11 +300,12 @@ class Service:
         back to the queue, once."""
         for job in interrupted:
             if self.seeds_saved(job) >= set(job.request.seeds):
-                self.jobs.done(job.id, {})
+                righted = self.jobs.done(job.id, {})
             elif job.again == 0:
-                self.jobs.put_back(job.id, died=True)
+                righted = self.jobs.put_back(job.id, died=True)
             else:
-                self.jobs.fail(job.id, Failure.from_table("twice interrupted"))
+                righted = self.jobs.fail(job.id, Failure.from_table("twice interrupted"))
+            self.job_changed(righted)
 
     def _locked(self) -> FileLock:
         try:
