@@ -56,13 +56,17 @@ def test_open_choices_are_decided_when_a_job_is_queued(live: Live) -> None:
         ({"model": "practice", "prompt": "x", "size": "x"}, 422, "size"),
         ({"model": "practice", "prompt": "x", "seed": -1}, 422, "seed"),
         ({"model": "practice", "prompt": "x", "colour": "red"}, 422, "colour"),
+        ({"model": "practice", "prompt": "x" * 100_001}, 422, "100000"),
+        ({"model": "practice", "prompt": "\ud800"}, 422, "unicode"),
+        ({"model": "practice", "prompt": "x", "negative_prompt": "\udfff"}, 422, "unicode"),
         ([], 422, ""),
     ],
 )
 def test_what_cannot_be_done_is_refused_with_a_sentence(
     live: Live, body: Any, status: int, word: str
 ) -> None:
-    answer = live.http.post("/api/jobs", json=body)
+    headers = {"content-type": "application/json"}
+    answer = live.http.post("/api/jobs", content=json.dumps(body), headers=headers)
     assert answer.status_code == status, answer.text
     assert word in answer.json()["error"]["message"] + answer.json()["error"]["hint"]
 
@@ -341,6 +345,18 @@ def test_a_fault_at_the_start_does_not_stop_the_queue(
         assert live.http.get("/startup").json()["step"] == "ready"
         assert live.wait(live.submit("a fox"))["job"]["state"] == "done"
     assert "a fault of ours" in caplog.text
+
+
+def test_a_new_job_does_not_look_through_the_folder(
+    live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may hold 100,000 pictures."""
+
+    def look(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(live.service.index, "add_by_seed", look)
+    assert live.wait(live.submit("a fox"))["job"]["state"] == "done"
 
 
 def test_no_picture_is_drawn_twice_when_the_index_is_full(tmp_path: Path) -> None:

@@ -175,7 +175,7 @@ def test_a_worker_that_reads_no_orders_keeps_nobody_waiting(
     """An order may be larger than what a pipe holds."""
     monkeypatch.setattr(supervisor, "STOP_SECONDS", 0.2)
     bench.supervisor._command = (sys.executable, "-c", "import time; time.sleep(1000)")
-    job = bench.submit("x" * 1_000_000)
+    job = bench.submit("x" * 100_000)
     wait(lambda: bench.supervisor.worker_pid is not None)
     bench.supervisor.cancel(job)
     assert bench.ended(job).state == "cancelled"

@@ -247,10 +247,14 @@ class Service:
         self.feed.publish(QueueNews(queue=self.queue()))
 
     def seeds_saved(self, job: Job) -> set[int]:
-        """Asks the files too: the index may not have been written."""
-        if missing := set(job.request.seeds) - self._seeds_known(job):
+        """Asks the files too where the job was begun before: the index may not have been written,
+        and looking at a large folder takes a while."""
+        known = self._seeds_known(job)
+        begun = job.again or job.plan
+        if begun and (missing := set(job.request.seeds) - known):
             self.index.add_by_seed(job.id, missing)
-        return self._seeds_known(job)
+            known = self._seeds_known(job)
+        return known
 
     def pictures(self, job: Job) -> list[Picture]:
         """The job's pictures, in the order of its seeds."""
