@@ -92,7 +92,7 @@ class Sketch:
         picture of this VAE was decoded."""
         if self._map is None:
             return None
-        # NumPy: torch would start a second team of threads, beside the one that the loop computes in
+        # NumPy: torch would start a second team of threads beside the one of the loop
         values = cells[:, 0].permute(1, 2, 0).float().cpu().numpy()
         colours = values @ self._map[:-1] + self._map[-1]
         image = Image.fromarray(colours.clip(0, 255).round().astype(np.uint8))
