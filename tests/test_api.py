@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from qwen_image_tool.app import App
-from qwen_image_tool.errors import Busy
+from qwen_image_tool.errors import Busy, DatabaseBroken
 from qwen_image_tool.feed import JobNews, News, QueueNews
 from qwen_image_tool.service import Service
 from running import FAKE, SMALL, Live, server, settings, wait
@@ -180,6 +180,26 @@ def test_news_of_a_job_that_the_last_end_interrupted(tmp_path: Path) -> None:
     wait(lambda: service.jobs.get(job).has_ended)
     service.close()
     assert heard == ["queued", "running", "done"]
+
+
+def test_an_interrupted_job_goes_on_where_the_index_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with server(tmp_path) as live:
+        live.http.post("/api/queue/pause")
+        job = live.submit("a fox")
+        assert live.service.jobs.take()
+    asked = Service.seeds_saved
+
+    def fails_once(*_: object) -> set[int]:
+        monkeypatch.setattr(Service, "seeds_saved", asked)
+        raise DatabaseBroken("pictures.db is damaged.")
+
+    monkeypatch.setattr(Service, "seeds_saved", fails_once)
+    with server(tmp_path) as live:
+        view = live.wait(job)["job"]
+    assert (view["state"], view["again"]) == ("done", 1)
+    assert "pictures.db is damaged" in caplog.text
 
 
 def test_pause_and_resume(live: Live) -> None:

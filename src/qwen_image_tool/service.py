@@ -303,7 +303,10 @@ class Service:
         """Jobs that ran when the last service died: done where all their pictures are there, else
         back to the queue, once."""
         for job in interrupted:
-            if self.seeds_saved(job) >= set(job.request.seeds):
+            saved: set[int] = set()
+            with _going_on():  # it is asked again before the job is drawn
+                saved = self.seeds_saved(job)
+            if saved >= set(job.request.seeds):
                 righted = self.jobs.done(job.id, {})
             elif job.again == 0:
                 righted = self.jobs.put_back(job.id, died=True)

@@ -165,9 +165,8 @@ def serve(
         number = bound.getsockname()[1]
         token = os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(TOKEN_BYTES)
         access = Access(token, password if lan else None)
-        names = [*LOOPBACK, *(own_addresses() if lan else ())]
         app: FastAPI = build(service, access, page)
-        gate = Gate(app, access, [f"{name}:{number}" for name in names], number)
+        gate = Gate(app, access, lambda: [*LOOPBACK, *(own_addresses() if lan else ())], number)
         app.state.gate = gate
         url = f"http://{shown(host, lan)}:{number}"
         where = Running(url=url, port=number, token=token, pid=os.getpid(), lan=lan)
