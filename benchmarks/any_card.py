@@ -25,7 +25,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
 import full_size
+from processor import Processor
 from sections import write_section
 
 GIB = 1 << 30
@@ -443,22 +446,6 @@ def pipeline(options: argparse.Namespace, whole: bool) -> Any:
     if new:
         return diffusers.QwenImage21Pipeline(processor=Processor(words), **parts)
     return diffusers.QwenImagePipeline(tokenizer=words, **parts)
-
-
-class Processor:
-    """What QwenImage21Pipeline asks of a Qwen3VLProcessor for text alone."""
-
-    def __init__(self, words: Any) -> None:
-        self.tokenizer = words
-
-    def __call__(self, text: list[str], **kwargs: Any) -> Any:
-        return self.tokenizer(text, **kwargs)
-
-    def apply_chat_template(self, messages: Any, **_: Any) -> list[list[int]]:
-        [message] = messages
-        [content] = message["content"]
-        text = f"<|im_start|>{message['role']}\n{content['text']}<|im_end|>\n"
-        return [self.tokenizer(text).input_ids]
 
 
 def encode(pipe: Any, prompt: str) -> Any:

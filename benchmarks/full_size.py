@@ -25,12 +25,43 @@ from qwen_image_tool.store import practice_folder
 SHARD_BYTES = 2_500_000_000
 POOL = 1 << 24  # numbers
 WRITERS = 8  # threads
+# Transformer, its blocks, VAE, text encoder, what its configuration says of the text
+PUBLISHED: dict[str, tuple[str, int, str, str, dict[str, int]]] = {
+    "qwen-image": (
+        "QwenImageTransformer2DModel",
+        60,
+        "AutoencoderKLQwenImage",
+        "Qwen2_5_VL",
+        {
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "vocab_size": 152064,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+        },
+    ),
+    "qwen-image-2.1": (
+        "QwenImage21Transformer2DModel",
+        32,
+        "AutoencoderKLQwenImage21",
+        "Qwen3VL",
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "vocab_size": 151936,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+        },
+    ),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--model", choices=("qwen-image", "qwen-image-2.1"), default="qwen-image")
+    parser.add_argument("--model", choices=tuple(PUBLISHED), default="qwen-image")
     parser.add_argument(
         "--layers", type=int, help="of transformer and text encoder; fewer: smaller"
     )
@@ -57,36 +88,25 @@ def make(folder: Path, model: str = "qwen-image", layers: int | None = None) -> 
     )
     pool = torch.randn(POOL, generator=torch.Generator().manual_seed(0))
     with no_weights():
-        published = published_21 if model == "qwen-image-2.1" else published_20b
-        parts = published(layers)
+        parts = published(model, layers)
     with ThreadPoolExecutor(WRITERS) as threads:
         for name, part in parts.items():
             write(folder / name, part, pool, threads)
 
 
-def published_20b(layers: int | None) -> dict[str, Any]:
-    from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+def published(model: str, layers: int | None) -> dict[str, Any]:
+    """The components as published, or with fewer `layers`."""
+    import diffusers
+    import transformers
 
-    text = {"hidden_size": 3584, "intermediate_size": 18944, "vocab_size": 152064}
-    text |= {"num_hidden_layers": layers or 28, "num_attention_heads": 28, "num_key_value_heads": 4}
+    transformer, depth, vae, encoder, text = PUBLISHED[model]
+    if layers:
+        depth, text = layers, text | {"num_hidden_layers": layers}
+    config = getattr(transformers, f"{encoder}Config")(text_config=text)
     return {
-        "transformer": QwenImageTransformer2DModel(num_layers=layers or 60),
-        "vae": AutoencoderKLQwenImage(),
-        "text_encoder": Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text)),
-    }
-
-
-def published_21(layers: int | None) -> dict[str, Any]:
-    from diffusers import AutoencoderKLQwenImage21, QwenImage21Transformer2DModel
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
-
-    text = {"hidden_size": 4096, "intermediate_size": 12288, "vocab_size": 151936}
-    text |= {"num_hidden_layers": layers or 36, "num_attention_heads": 32, "num_key_value_heads": 8}
-    return {
-        "transformer": QwenImage21Transformer2DModel(num_layers=layers or 32),
-        "vae": AutoencoderKLQwenImage21(),
-        "text_encoder": Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text)),
+        "transformer": getattr(diffusers, transformer)(num_layers=depth),
+        "vae": getattr(diffusers, vae)(),
+        "text_encoder": getattr(transformers, f"{encoder}ForConditionalGeneration")(config),
     }
 
 

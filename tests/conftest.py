@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from qwen_image_tool import device
+from running import keep_bytecode
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+keep_bytecode(Path(__file__).parent.parent / ".venv" / "bytecode")
 
 
 @pytest.fixture(autouse=True)
@@ -35,3 +37,14 @@ def torch_asked_once(
 ) -> None:
     """What torch says of this machine takes seconds, and is the same in every test."""
     monkeypatch.setattr(device, "probe_in_child", _ask_torch_once)
+
+
+@pytest.fixture(scope="session")
+def repos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny models in the layout of the hub's: `20b` and `21`. Made once, and only read."""
+    import tiny
+
+    root = tmp_path_factory.mktemp("repos")
+    tiny.save(root / "20b")
+    tiny.save_21(root / "21")
+    return root

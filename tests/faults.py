@@ -120,9 +120,9 @@ class Cgroup:
 
     @staticmethod
     def _made() -> Path:
-        from qwen_image_tool.device import _groups
+        from qwen_image_tool.device import cgroups
 
-        for group in _groups(Path("/"), "memory") if sys.platform == "linux" else ():
+        for group in cgroups(Path("/"), "memory") if sys.platform == "linux" else ():
             folder = group / f"qit-{os.getpid()}"
             with contextlib.suppress(OSError):
                 folder.mkdir()

@@ -110,6 +110,10 @@ def test_libre_chat(live: Live) -> None:
         ({"width": 5}, 400),
         ({"steps": 0}, 422),
         ({"override_settings": {"sd_vae": "x"}}, 400),
+        ({"override_settings": {"samples_format": "jpg"}}, 400),
+        ({"override_settings": {"samples_format": "png"}}, 200),
+        ({"override_settings": {"sd_model_checkpoint": 5}}, 400),
+        ({"override_settings": {"sd_model_checkpoint": None}}, 200),
         ({"override_settings": {"CLIP_stop_at_last_layers": 2}}, 400),
         ({"override_settings": {"unheard_of": None}}, 400),
         ({"override_settings": {"sd_model_checkpoint": "unicorn"}}, 400),
@@ -127,6 +131,16 @@ def test_what_cannot_be_honoured(live: Live, fields: dict[str, Any], status: int
     assert answer.status_code == status, answer.text
     if status != 200:
         assert answer.json()["detail"]
+
+
+@pytest.mark.parametrize("odd", ['"denoising_strength": Infinity', '"comments": "\\ud800"'])
+def test_what_is_no_json_is_not_told_again(live: Live, odd: str) -> None:
+    text = f'{{"prompt": "a fox", "width": 256, "height": 256, {odd}, "auth": "user:secret"}}'
+    headers = {"content-type": "application/json"}
+    answer = live.http.post("/sdapi/v1/txt2img", content=text, headers=headers)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["parameters"]["prompt"] == "a fox"
+    assert "secret" not in answer.text
 
 
 def test_progress_and_interrupt(live: Live) -> None:
@@ -169,7 +183,8 @@ def test_png_info(live: Live) -> None:
 def test_the_rest_that_clients_probe(live: Live) -> None:
     for name in ("embeddings", "scripts", "cmd-flags", "memory"):
         assert isinstance(live.http.get(f"/sdapi/v1/{name}").json(), dict)
-    assert live.http.post("/sdapi/v1/refresh-checkpoints").status_code == 200
+    for name in ("refresh-checkpoints", "refresh-loras", "refresh-vae", "reload-checkpoint"):
+        assert live.http.post(f"/sdapi/v1/{name}").json() == {}
     assert live.http.post("/sdapi/v1/options", json={"CLIP_stop_at_last_layers": 2}).is_error
     assert live.http.post("/sdapi/v1/img2img", json={"init_images": []}).status_code == 501
     live.wait(live.submit("x", size=SMALL))

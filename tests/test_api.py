@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from qwen_image_tool.app import App
-from qwen_image_tool.errors import Busy
+from qwen_image_tool.errors import Busy, DatabaseBroken
+from qwen_image_tool.feed import JobNews, News, QueueNews
 from qwen_image_tool.service import Service
 from running import FAKE, SMALL, Live, server, settings, wait
 
@@ -55,13 +56,17 @@ def test_open_choices_are_decided_when_a_job_is_queued(live: Live) -> None:
         ({"model": "practice", "prompt": "x", "size": "x"}, 422, "size"),
         ({"model": "practice", "prompt": "x", "seed": -1}, 422, "seed"),
         ({"model": "practice", "prompt": "x", "colour": "red"}, 422, "colour"),
+        ({"model": "practice", "prompt": "x" * 100_001}, 422, "100000"),
+        ({"model": "practice", "prompt": "\ud800"}, 422, "unicode"),
+        ({"model": "practice", "prompt": "x", "negative_prompt": "\udfff"}, 422, "unicode"),
         ([], 422, ""),
     ],
 )
 def test_what_cannot_be_done_is_refused_with_a_sentence(
     live: Live, body: Any, status: int, word: str
 ) -> None:
-    answer = live.http.post("/api/jobs", json=body)
+    headers = {"content-type": "application/json"}
+    answer = live.http.post("/api/jobs", content=json.dumps(body), headers=headers)
     assert answer.status_code == status, answer.text
     assert word in answer.json()["error"]["message"] + answer.json()["error"]["hint"]
 
@@ -144,6 +149,57 @@ def test_all_news(live: Live) -> None:
     assert {"job", "queue", "event", "picture"} <= {news["kind"] for news in seen}
     steps = [news for news in seen if news["kind"] == "event" and news["event"]["kind"] == "step"]
     assert all(news["job"] == job and 0 <= news["progress"]["fraction"] <= 1 for news in steps)
+
+
+def test_the_last_news_of_the_queue_is_that_nothing_runs(live: Live) -> None:
+    seen: list[str | None] = []
+
+    def heard(news: News) -> None:
+        if isinstance(news, QueueNews):
+            seen.append(news.queue.running)
+
+    end = live.service.feed.subscribe(heard)
+    job = live.submit("a fox")
+    live.wait(job)
+    wait(lambda: seen[-1] is None and job in seen)
+    end()
+
+
+def test_news_of_a_job_that_the_last_end_interrupted(tmp_path: Path) -> None:
+    """Who asks while the gallery is looked at hears of it, as of any other."""
+    with server(tmp_path) as live:
+        live.http.post("/api/queue/pause")
+        job = live.submit("a fox")
+        assert live.service.jobs.take()
+    heard: list[str] = []
+    service = Service(App(settings(tmp_path)), command=FAKE)
+    service.feed.subscribe(
+        lambda news: heard.append(news.job.state) if isinstance(news, JobNews) else None
+    )
+    service.start()
+    wait(lambda: service.jobs.get(job).has_ended)
+    service.close()
+    assert heard == ["queued", "running", "done"]
+
+
+def test_an_interrupted_job_goes_on_where_the_index_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with server(tmp_path) as live:
+        live.http.post("/api/queue/pause")
+        job = live.submit("a fox")
+        assert live.service.jobs.take()
+    asked = Service.seeds_saved
+
+    def fails_once(*_: object) -> set[int]:
+        monkeypatch.setattr(Service, "seeds_saved", asked)
+        raise DatabaseBroken("pictures.db is damaged.")
+
+    monkeypatch.setattr(Service, "seeds_saved", fails_once)
+    with server(tmp_path) as live:
+        view = live.wait(job)["job"]
+    assert (view["state"], view["again"]) == ("done", 1)
+    assert "pictures.db is damaged" in caplog.text
 
 
 def test_pause_and_resume(live: Live) -> None:
@@ -309,6 +365,18 @@ def test_a_fault_at_the_start_does_not_stop_the_queue(
         assert live.http.get("/startup").json()["step"] == "ready"
         assert live.wait(live.submit("a fox"))["job"]["state"] == "done"
     assert "a fault of ours" in caplog.text
+
+
+def test_a_new_job_does_not_look_through_the_folder(
+    live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may hold 100,000 pictures."""
+
+    def look(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(live.service.index, "add_by_seed", look)
+    assert live.wait(live.submit("a fox"))["job"]["state"] == "done"
 
 
 def test_no_picture_is_drawn_twice_when_the_index_is_full(tmp_path: Path) -> None:

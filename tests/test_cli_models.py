@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-import tiny
 from hub import Fault, LocalHub, serve
 from qwen_image_tool import device, logs
 from qwen_image_tool.app import App
@@ -29,14 +28,6 @@ from test_formats import DIT20, DIT21, LORA, VAE20, Shapes, sparse
 pytestmark = pytest.mark.usefixtures("torch_asked_once")
 SHARD = "transformer/diffusion_pytorch_model.safetensors"
 GIB = 2**30
-
-
-@pytest.fixture(scope="module")
-def repos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("repos")
-    tiny.save(root / "20b")
-    tiny.save_21(root / "21")
-    return root
 
 
 @pytest.fixture

@@ -131,6 +131,16 @@ def test_ports(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
         serving.bind("203.0.113.1", None, live.service)
 
 
+@pytest.mark.parametrize("damaged", ["x", 99_999, -1, None, [7860]])
+def test_a_remembered_port_that_is_none(
+    live: Live, damaged: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "TRIED_PORTS", 0)
+    live.service.remember(port=damaged)
+    with serving.bind("127.0.0.1", None, live.service) as found:
+        assert live.service.remembered()["port"] == found.getsockname()[1]
+
+
 def test_two_that_start_at_once_get_two_ports(live: Live) -> None:
     with serving.bind("127.0.0.1", None, live.service) as first:
         taken = first.getsockname()[1]
@@ -159,13 +169,20 @@ def test_addresses_of_this_computer(monkeypatch: pytest.MonkeyPatch) -> None:
             address(socket.AF_INET, "192.168.1.2"),
             address(17, "aa:bb"),
         ],
+        "docker0": [address(socket.AF_INET, "172.17.0.1")],
     }
     monkeypatch.setattr("psutil.net_if_addrs", lambda: cards)
+    monkeypatch.setattr(serving, "_outgoing", lambda: "192.168.1.2")
     monkeypatch.setattr(socket, "gethostname", lambda: "Desk")
     found = serving.own_addresses()
     assert found[-1] == "192.168.1.2"
-    assert {"desk", "desk.local", "[fe80::1]"} <= set(found)
+    assert {"desk", "desk.local", "[fe80::1]", "172.17.0.1"} <= set(found)
     assert "127.0.0.1" not in found
+
+
+def test_the_address_that_other_networks_see() -> None:
+    """One of this computer's, or none where it has no network."""
+    assert serving._outgoing() in ("", *serving.own_addresses())
 
 
 @pytest.fixture

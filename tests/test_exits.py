@@ -1,11 +1,15 @@
 """Exits: codes, last words and kernel counters become one sentence with the next step."""
 
+import os
+import signal
+import sys
 from pathlib import Path
 
 import pytest
 
 from qwen_image_tool.errors import TROUBLES, trouble_in
 from qwen_image_tool.exits import explain, oom_kills
+from qwen_image_tool.supervisor import Exit, WorkerProcess
 
 
 @pytest.mark.parametrize(
@@ -48,16 +52,81 @@ def test_the_table_is_whole() -> None:
     assert trouble_in("nothing known") is None
 
 
-def test_oom_counters_of_kernel_and_cgroups(tmp_path: Path) -> None:
-    def write(path: str, text: str) -> None:
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_text(text)
+# Files as the kernel writes them: Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst
+EVENTS = "low 0\nhigh 0\nmax {max}\noom {oom}\noom_kill {kills}\noom_group_kill 0\n"
+CONTROL = "oom_kill_disable 0\nunder_oom 0\noom_kill {kills}\n"
+VERSION_1 = "12:memory:{group}\n11:cpu,cpuacct:/other\n1:name=systemd:/other\n0::/other\n"
 
+
+class Kernel:
+    """A root folder with the kernel's files. `own`: the group of this process."""
+
+    def __init__(self, root: Path, own: str, version: int, mounted: str | None = None) -> None:
+        self.root, self.version = root, version
+        self.group = (own if mounted is None else mounted).strip("/")
+        text = f"0::{own}\n" if version == 2 else VERSION_1.format(group=own)
+        self.write("proc/self/cgroup", text)
+        self.write("proc/vmstat", "nr_free_pages 71\noom_kill 0\ndrop_pagecache 3\n")
+        self.count(0)
+
+    def write(self, path: str, text: str) -> None:
+        (self.root / path).parent.mkdir(parents=True, exist_ok=True)
+        (self.root / path).write_text(text)
+
+    def count(self, kills: int) -> None:
+        """So many processes were killed in the group; every try to get memory counts as `oom`."""
+        if self.version == 2:
+            text = EVENTS.format(max=kills * 40, oom=kills * 2, kills=kills)
+            self.write(f"sys/fs/cgroup/{self.group}/memory.events", text)
+        else:
+            path = f"sys/fs/cgroup/memory/{self.group}/memory.oom_control"
+            self.write(path, CONTROL.format(kills=kills))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize(
+    ("own", "mounted"),
+    [
+        ("/", None),
+        ("/user.slice/user-1000.slice/app.scope", None),
+        ("/docker/0123abc", ""),  # inside a container only the mount's root is there
+        ("/user.slice/app.scope", "/user.slice"),  # the limit is a group's above
+    ],
+)
+def test_kills_that_a_cgroup_counts(
+    tmp_path: Path, own: str, mounted: str | None, version: int
+) -> None:
+    kernel = Kernel(tmp_path, own, version, mounted)
     assert oom_kills(tmp_path) == 0
-    write("proc/vmstat", "nr_free_pages 5\noom_kill 2\n")
-    write("proc/self/cgroup", "0::/user/app\n4:memory:/box\n3:cpu,cpuacct:/x\n")
-    write("sys/fs/cgroup/user/app/memory.events", "low 0\noom 1\noom_kill 3\n")
-    write("sys/fs/cgroup/memory/box/memory.oom_control", "under_oom 0\noom_kill 4\n")
-    assert oom_kills(tmp_path) == 9
-    write("proc/vmstat", "garbage")
-    assert oom_kills(tmp_path) == 7
+    kernel.count(3)
+    assert oom_kills(tmp_path) == 3
+
+
+def test_kills_that_the_kernel_counts(tmp_path: Path) -> None:
+    assert oom_kills(tmp_path) == 0
+    kernel = Kernel(tmp_path, "/app", version=2)
+    kernel.write("proc/vmstat", "nr_free_pages 5\noom_kill 2\n")
+    kernel.count(4)
+    assert oom_kills(tmp_path) == 6
+    kernel.write("proc/vmstat", "garbage")
+    kernel.write("sys/fs/cgroup/app/memory.events", "oom_kill\noom_kill x\n")
+    assert oom_kills(tmp_path) == 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
+@pytest.mark.parametrize(("version", "counted"), [(1, True), (2, True), (2, False)])
+def test_a_worker_that_the_kernel_kills_for_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int, counted: bool
+) -> None:
+    """From its start to the sentence; without a count it was somebody else's SIGKILL."""
+    kernel = Kernel(tmp_path, "/app", version)
+    kernel.count(5)  # in other programs of the group, before
+    monkeypatch.setattr("qwen_image_tool.exits.ROOT", tmp_path)
+    worker = WorkerProcess([sys.executable, "-c", "import time; time.sleep(1000)"])
+    if counted:
+        kernel.count(6)
+    os.kill(worker.pid, signal.SIGKILL)
+    end = worker.next_report(30)
+    worker.end()
+    assert isinstance(end, Exit)
+    assert explain(end.code, end.output, end.oom_kills).kind == ("memory" if counted else "killed")

@@ -40,6 +40,18 @@ def test_with_metadata_the_request_comes_back(tmp_path: Path, form: Format) -> N
 
 
 @pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("source", ["jpeg", "webp"])
+def test_a_picture_that_is_no_png_becomes_one(tmp_path: Path, source: Format, form: Format) -> None:
+    first = save(tmp_path)
+    kept = tmp_path / f"kept.{source}"
+    kept.write_bytes(export(first, source))
+    copy = tmp_path / f"copy.{form}"
+    copy.write_bytes(export(kept, form))
+    assert opened(copy.read_bytes()).format == form.upper()
+    assert gallery.read_image_info(copy) == gallery.read_image_info(first)
+
+
+@pytest.mark.parametrize("form", FORMATS)
 def test_without_metadata_no_trace_is_left(tmp_path: Path, form: Format) -> None:
     path = save(tmp_path)
     data = export(path, form, metadata=False)

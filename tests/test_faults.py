@@ -106,13 +106,15 @@ def test_the_worker_killed_at_random_moments(tmp_path: Path) -> None:
 
 
 @LINUX
-def test_sigterm_puts_the_job_back_and_leaves_nothing_running(tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", ["SIGTERM", "SIGHUP"])
+def test_an_end_puts_the_job_back_and_leaves_nothing_running(tmp_path: Path, end: str) -> None:
+    """SIGHUP: its terminal was closed."""
     with process(tmp_path) as running:
         job = submit(running.http, "slow", steps=900)
         wait(lambda: state(running.http, job) == "running")
         wait(lambda: running.http.get("/api/queue").json()["loaded"])
         children = psutil.Process(running.child.pid).children(recursive=True)
-        running.child.send_signal(signal.SIGTERM)
+        running.child.send_signal(getattr(signal, end))
         assert running.child.wait(60) == 0
         assert children
         wait(lambda: not any(child.is_running() for child in children))

@@ -184,6 +184,25 @@ def test_the_network_mode(tmp_path: Path) -> None:
             assert evil.status_code == 421
 
 
+def test_another_network_is_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name that it gives this computer opens, and the one of the last network closes where
+    another is asked for."""
+    Password(tmp_path / "data").set("correct horse")
+    addresses = ["desk", "192.168.1.2"]
+    monkeypatch.setattr(run, "own_addresses", lambda: addresses)
+    with server(tmp_path, lan=True) as live:
+
+        def ask(host: str) -> int:
+            headers = {"host": f"{host}:{live.where.port}"}
+            return httpx2.get(
+                f"http://127.0.0.1:{live.where.port}/healthz", headers=headers
+            ).status_code
+
+        assert [ask("192.168.1.2"), ask("10.0.0.7")] == [200, 421]
+        addresses[1] = "10.0.0.7"
+        assert [ask("10.0.0.7"), ask("192.168.1.2"), ask("localhost")] == [200, 421, 200]
+
+
 def test_tokens_are_not_guessed_in_the_network(tmp_path: Path) -> None:
     """Each wrong one counts once, so a program with an old token shuts nobody out; sessions go on
     while tokens of their address are not looked at."""

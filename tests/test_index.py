@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -272,6 +273,47 @@ def test_delete_goes_to_the_trash(index: Index, tmp_path: Path) -> None:
     assert prompts(index) == []
     with pytest.raises(Unknown):
         index.delete([first.id])
+
+
+def test_nothing_is_deleted_where_one_is_not_known(index: Index) -> None:
+    one = index.add(save(index.folder, "a fox"))
+    with pytest.raises(Unknown):
+        index.delete([one.id, "unheard of"])
+    assert index.path(one.id).exists()
+    assert index.delete([one.id, one.id]) == [one.id]
+
+
+def test_two_that_delete_at_once(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second begins while the trash takes the first one's picture, and does not clear away what
+    brings that back."""
+    first, second = (index.add(save(index.folder, "a fox", seed)) for seed in (1, 2))
+    other = threading.Thread(target=index.delete, args=([second.id],))
+
+    def full(_: Path) -> None:
+        monkeypatch.undo()
+        other.start()
+        other.join(0.2)
+        raise ToolError("The trash is full.")
+
+    monkeypatch.setattr(index, "_trash", full)
+    with pytest.raises(ToolError, match="full"):
+        index.delete([first.id])
+    other.join()
+    assert [picture.id for picture in index.search().pictures] == [first.id]
+    assert index.undo() == [second.id]
+
+
+def test_stars_come_back_with_their_disk(index: Index, tmp_path: Path) -> None:
+    starred, plain = (index.add(save(index.folder, "a fox", seed)) for seed in (1, 2))
+    index.star(starred.id, star=True)
+    index.folder.rename(tmp_path / "unplugged")
+    assert index.sync().gone == 2
+    (tmp_path / "unplugged").rename(index.folder)
+    assert index.sync().added == 2
+    assert [index.get(picture.id).star for picture in (starred, plain)] == [True, False]
+    index.delete([starred.id])
+    index.add(save(index.folder, "a fox", 1))
+    assert not index.get(starred.id).star
 
 
 def test_a_deletion_can_be_undone(index: Index, tmp_path: Path) -> None:

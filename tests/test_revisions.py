@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-import tiny
 from hub import Fault, LocalHub, serve
 from qwen_image_tool.catalog import Model, load_catalog
 from qwen_image_tool.errors import Cancelled, DownloadFailed, LicenceNotAccepted
@@ -23,14 +22,6 @@ T2I, BASE21 = CATALOG.find("qwen-image"), CATALOG.find("qwen-image-2.1")
 TURBO = CATALOG.find("qwen-image-2.1-turbo")
 VAE = "vae/diffusion_pytorch_model.safetensors"
 NEW = "1234567890abcdef1234567890abcdef12345678"
-
-
-@pytest.fixture(scope="module")
-def repos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("repos")
-    tiny.save(root / "20b")
-    tiny.save_21(root / "21")
-    return root
 
 
 @pytest.fixture

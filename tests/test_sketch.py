@@ -3,6 +3,7 @@
 import base64
 import io
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,9 @@ import torch
 from PIL import Image
 
 from qwen_image_tool.app import App
-from qwen_image_tool.engine.sketch import SIDE, Sketch
+from qwen_image_tool.engine.sketch import SIDE, Sideshow, Sketch
 from qwen_image_tool.settings import Settings
-from qwen_image_tool.types import Event, Preview, Request, Size
+from qwen_image_tool.types import Event, Notice, PhaseStarted, Preview, Request, Size
 
 
 def pair(seed: int, width: int = 12, height: int = 8) -> tuple[torch.Tensor, Image.Image]:
@@ -79,6 +80,75 @@ def test_a_damaged_or_missing_folder_is_no_error(tmp_path: Path) -> None:
     assert Sketch(folder, ["vae"]).draw(pair(1)[0]) is None
 
 
+class Gate:
+    """Draws a number of latents as that number, and the first one when it may."""
+
+    def __init__(self) -> None:
+        self.begun, self.may = threading.Event(), threading.Event()
+        self.told: list[tuple[int, bytes]] = []
+        self.errors: list[Exception] = []
+        self.drawn: list[int] = []
+
+    def draw(self, latents: torch.Tensor) -> bytes | None:
+        assert torch.is_inference_mode_enabled()
+        self.begun.set()
+        assert self.may.wait(30)
+        self.drawn.append(int(latents))
+        if latents == 9:
+            raise RuntimeError("no memory for it")
+        return None if latents == 8 else bytes([int(latents)])
+
+    def sideshow(self) -> Sideshow:
+        return Sideshow(
+            self.draw, lambda step, picture: self.told.append((step, picture)), self.errors.append
+        )
+
+
+def test_the_loop_does_not_wait_and_the_newest_is_drawn() -> None:
+    gate = Gate()
+    with gate.sideshow() as sideshow:
+        sideshow.show(1, torch.tensor(1))
+        assert gate.begun.wait(30)
+        for step in (2, 3, 4):
+            sideshow.show(step, torch.tensor(step))
+        assert gate.told == []
+        gate.may.set()
+    assert gate.told == [(1, b"\x01"), (4, b"\x04")]
+
+
+def test_what_has_no_picture_yet_is_not_told() -> None:
+    gate = Gate()
+    gate.may.set()
+    with gate.sideshow() as sideshow:
+        sideshow.show(1, torch.tensor(8))
+    assert (gate.drawn, gate.told, gate.errors) == ([8], [], [])
+
+
+def test_a_preview_that_fails_is_told_once_and_is_the_last() -> None:
+    gate = Gate()
+    with gate.sideshow() as sideshow:
+        sideshow.show(1, torch.tensor(9))
+        assert gate.begun.wait(30)
+        sideshow.show(2, torch.tensor(2))
+        gate.may.set()
+    sideshow.show(3, torch.tensor(3))
+    assert (gate.drawn, gate.told) == ([9], [])
+    assert [str(error) for error in gate.errors] == ["no memory for it"]
+
+
+def test_a_run_outlives_its_previews(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> bytes:
+        raise ValueError("no such map")
+
+    monkeypatch.setattr(Sketch, "draw", broken)
+    app = App(Settings(output=tmp_path / "out", cache=tmp_path / "cache"), previews=True)
+    events: list[Event] = []
+    request = Request(model="practice", prompt="x", size=Size(64, 64), steps=3, seed=1)
+    assert app.generate(request, events.append).images
+    said = [event.text for event in events if isinstance(event, Notice)]
+    assert "There are no more previews of this run: no such map" in said
+
+
 @pytest.mark.parametrize("size", [Size(64, 64), Size(70, 64)], ids=["whole", "cut"])
 def test_the_practice_model_shows_itself_from_the_second_picture_on(
     tmp_path: Path, size: Size
@@ -90,6 +160,8 @@ def test_the_practice_model_shows_itself_from_the_second_picture_on(
     assert not [event for event in events if isinstance(event, Preview)]
     app.generate(request, events.append)
     previews = [event for event in events if isinstance(event, Preview)]
+    later = events[events.index(previews[-1]) :]
+    assert PhaseStarted(phase="decode") in later  # none comes when the picture itself is made
     assert Image.open(io.BytesIO(base64.b64decode(previews[0].jpeg))).format == "JPEG"
     without = App(app.settings)
     events.clear()

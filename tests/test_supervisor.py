@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,10 +14,10 @@ import psutil
 import pytest
 
 from qwen_image_tool import gallery, supervisor
-from qwen_image_tool.errors import BadRequest
+from qwen_image_tool.errors import BadRequest, DatabaseBroken
 from qwen_image_tool.jobs import Job, Jobs
 from qwen_image_tool.progress import Progress
-from qwen_image_tool.supervisor import OUTPUT_KEPT, Supervisor, WorkerProcess
+from qwen_image_tool.supervisor import OUTPUT_KEPT, STOP_SECONDS, Supervisor, WorkerProcess
 from qwen_image_tool.types import Event, Preview, Request, Saved, Size, Stepped
 
 HERE = Path(__file__).parent
@@ -149,6 +150,74 @@ def test_a_worker_that_does_not_stop_is_ended(
     bench.supervisor.cancel(job)
     assert bench.ended(job).state == "cancelled"
     assert bench.ended(bench.submit("next")).state == "done"
+
+
+def test_a_cancel_before_there_is_a_worker(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, answered = threading.Event(), threading.Event()
+
+    def looks_long(_: Job) -> set[int]:
+        asked.set()
+        answered.wait(30)
+        return set()
+
+    monkeypatch.setattr(bench.host, "seeds_saved", looks_long)
+    job = bench.submit("very slow", steps=1000)
+    assert asked.wait(30)
+    bench.supervisor.cancel(job)
+    answered.set()
+    wait(lambda: bench.jobs.get(job).has_ended, STOP_SECONDS / 2)
+    assert bench.jobs.get(job).state == "cancelled"
+
+
+def test_a_worker_that_reads_no_orders_keeps_nobody_waiting(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An order may be larger than what a pipe holds."""
+    monkeypatch.setattr(supervisor, "STOP_SECONDS", 0.2)
+    bench.supervisor._command = (sys.executable, "-c", "import time; time.sleep(1000)")
+    job = bench.submit("x" * 100_000)
+    wait(lambda: bench.supervisor.worker_pid is not None)
+    bench.supervisor.cancel(job)
+    assert bench.ended(job).state == "cancelled"
+
+
+@POSIX
+def test_a_child_of_a_dead_worker_holds_nothing_up(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a compiler that torch has started: it has the worker's pipes."""
+    monkeypatch.setattr(supervisor, "LET_GO_SECONDS", 0.1)
+    parent = tmp_path / "parent.py"
+    parent.write_text(
+        "import os, subprocess, sys\n"
+        f"sys.path.insert(0, {str(HERE)!r})\n"
+        f"if not os.path.exists({str(tmp_path / 'child')!r}):\n"
+        "    child = subprocess.Popen(['sleep', '1000'])\n"
+        f"    open({str(tmp_path / 'child')!r}, 'w').write(str(child.pid))\n"
+        "import fake_worker\n"
+        "fake_worker.FakeWorker().main()\n",
+        encoding="utf-8",
+    )
+    bench.supervisor._command = (sys.executable, str(parent))
+    job = bench.ended(bench.submit("once exit 3"))
+    assert (job.state, job.again) == ("done", 1)
+    child = psutil.Process(int((tmp_path / "child").read_text()))
+    assert child.is_running()
+    child.kill()
+
+
+def test_a_record_that_cannot_be_read_leaves_no_job_running(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(_: Job) -> set[int]:
+        raise DatabaseBroken("pictures.db is damaged.", "Start QwenImageTool again.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.host, "seeds_saved", damaged)
+        job = bench.ended(bench.submit("one"))
+    assert job.failure
+    assert (job.failure.kind, job.failure.hint) == ("database", "Start QwenImageTool again.")
+    assert bench.ended(bench.submit("two")).state == "done"
 
 
 def test_a_crash_is_tried_once_more(bench: Bench) -> None:
@@ -321,6 +390,18 @@ def test_a_worker_that_cannot_be_started(bench: Bench) -> None:
     assert job.failure.kind == "crashed"
     bench.supervisor._command = FAKE
     assert bench.ended(bench.submit("two")).state == "done"
+
+
+def test_workers_that_cannot_be_started_do_not_use_up_the_queue(bench: Bench) -> None:
+    bench.supervisor._command = ("/nowhere/python",)
+    first, *rest = (bench.submit(name) for name in ("one", "two", "three"))
+    wait(lambda: bench.supervisor.halted is not None)
+    wait(lambda: bench.supervisor.running() is None)
+    assert bench.jobs.get(first).state == "failed"
+    assert [job.id for job in bench.jobs.waiting()] == rest
+    bench.supervisor._command = FAKE
+    bench.supervisor.resume()
+    assert bench.ended(rest[-1]).state == "done"
 
 
 def test_a_fault_of_ours_stops_the_queue_with_a_sentence(

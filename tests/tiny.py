@@ -23,6 +23,8 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
+from processor import Processor
+
 SCHEDULER = {
     "base_image_seq_len": 256,
     "max_image_seq_len": 8192,
@@ -105,25 +107,6 @@ def save(folder: Path, seed: int = 0, layers: int = 2) -> Path:
 
 TURBO_SIGMAS = [1.0, 0.95, 0.84, 0.41]
 TURBO_SCHEDULER = SCHEDULER | {"use_dynamic_shifting": False, "shift_terminal": None}
-
-
-class Processor:
-    """What QwenImage21Pipeline asks of a Qwen3VLProcessor for text: the real one needs torchvision.
-
-    `apply_chat_template` gives a system message as the published chat template does.
-    """
-
-    def __init__(self, words: Any) -> None:
-        self.tokenizer = words
-
-    def __call__(self, text: list[str], **kwargs: Any) -> Any:
-        return self.tokenizer(text, **kwargs)
-
-    def apply_chat_template(self, messages: Any, **_: Any) -> list[list[int]]:
-        [message] = messages
-        [content] = message["content"]
-        text = f"<|im_start|>{message['role']}\n{content['text']}<|im_end|>\n"
-        return [self.tokenizer(text).input_ids]
 
 
 def text_encoder_21(vocabulary: int, width: int = 32) -> Any:

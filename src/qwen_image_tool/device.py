@@ -241,7 +241,7 @@ def _first_after(paths: Iterable[Path], label: str) -> str | None:
 def _cgroup_memory(root: Path) -> Iterator[tuple[int, int]]:
     """(limit, used) of every group this process is in that has a limit. Page cache that the kernel
     would drop is not used."""
-    for folder in _groups(root, "memory"):
+    for folder in cgroups(root, "memory"):
         stat = dict(line.split() for line in _read(folder / "memory.stat").splitlines())
         for limit, usage, cache in (
             ("memory.max", "memory.current", "inactive_file"),
@@ -253,7 +253,7 @@ def _cgroup_memory(root: Path) -> Iterator[tuple[int, int]]:
 
 
 def _cgroup_cores(root: Path) -> Iterator[int]:
-    for folder in _groups(root, "cpu"):
+    for folder in cgroups(root, "cpu"):
         quota = _read(folder / "cpu.max").split() or [
             _read(folder / "cpu.cfs_quota_us").strip(),
             _read(folder / "cpu.cfs_period_us").strip(),
@@ -262,7 +262,7 @@ def _cgroup_cores(root: Path) -> Iterator[int]:
             yield math.ceil(int(quota[0]) / int(quota[1]))
 
 
-def _groups(root: Path, controller: str) -> Iterator[Path]:
+def cgroups(root: Path, controller: str) -> Iterator[Path]:
     """This process' group and all above it, for version 2 and for version 1 of cgroups."""
     mount = root / "sys/fs/cgroup"
     for line in _read(root / "proc/self/cgroup").splitlines():

@@ -3,11 +3,13 @@
 import contextlib
 import signal
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
+from qwen_image_tool.device import cgroups
 from qwen_image_tool.errors import TroubleKind, trouble_in
 from qwen_image_tool.types import Failure, PhaseName
 
+ROOT = Path("/")  # where the kernel's files are
 # Windows' NTSTATUS codes, as Popen.returncode gives them
 ACCESS_VIOLATION = 0xC0000005
 STACK_BUFFER_OVERRUN = 0xC0000409
@@ -31,12 +33,12 @@ def explain(code: int, output: str, oom_kills: int = 0, phase: PhaseName | None 
     return Failure.from_table(kind, f"({_spelled(code, phase)})")
 
 
-def oom_kills(root: Path = Path("/")) -> int:
+def oom_kills(root: Path | None = None) -> int:
     """Processes that the kernel has killed for want of memory: its own counter, and those of the
-    memory cgroups that this process is in. 0 where nobody counts."""
+    memory cgroups that this process is in or below. 0 where nobody counts."""
     return sum(
         int(value)
-        for path in _counters(root)
+        for path in _counters(root or ROOT)
         for key, value in _pairs(path)
         if key == "oom_kill" and value.isdigit()
     )
@@ -66,14 +68,9 @@ def _spelled(code: int, phase: PhaseName | None) -> str:
 
 def _counters(root: Path) -> Iterator[Path]:
     yield root / "proc/vmstat"
-    with contextlib.suppress(OSError):
-        for entry in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
-            _, controllers, group = entry.split(":", 2)
-            inside = PurePosixPath(group).relative_to("/")
-            if not controllers:
-                yield root / "sys/fs/cgroup" / inside / "memory.events"
-            elif "memory" in controllers.split(","):
-                yield root / "sys/fs/cgroup/memory" / inside / "memory.oom_control"
+    for group in cgroups(root, "memory"):
+        yield group / "memory.events"  # of version 2
+        yield group / "memory.oom_control"  # of version 1
 
 
 def _pairs(path: Path) -> list[tuple[str, str]]:

@@ -247,10 +247,14 @@ class Service:
         self.feed.publish(QueueNews(queue=self.queue()))
 
     def seeds_saved(self, job: Job) -> set[int]:
-        """Asks the files too: the index may not have been written."""
-        if missing := set(job.request.seeds) - self._seeds_known(job):
+        """Asks the files too where the job was begun before: the index may not have been written,
+        and looking at a large folder takes a while."""
+        known = self._seeds_known(job)
+        begun = job.again or job.plan
+        if begun and (missing := set(job.request.seeds) - known):
             self.index.add_by_seed(job.id, missing)
-        return self._seeds_known(job)
+            known = self._seeds_known(job)
+        return known
 
     def pictures(self, job: Job) -> list[Picture]:
         """The job's pictures, in the order of its seeds."""
@@ -299,12 +303,16 @@ class Service:
         """Jobs that ran when the last service died: done where all their pictures are there, else
         back to the queue, once."""
         for job in interrupted:
-            if self.seeds_saved(job) >= set(job.request.seeds):
-                self.jobs.done(job.id, {})
+            saved: set[int] = set()
+            with _going_on():  # it is asked again before the job is drawn
+                saved = self.seeds_saved(job)
+            if saved >= set(job.request.seeds):
+                righted = self.jobs.done(job.id, {})
             elif job.again == 0:
-                self.jobs.put_back(job.id, died=True)
+                righted = self.jobs.put_back(job.id, died=True)
             else:
-                self.jobs.fail(job.id, Failure.from_table("twice interrupted"))
+                righted = self.jobs.fail(job.id, Failure.from_table("twice interrupted"))
+            self.job_changed(righted)
 
     def _locked(self) -> FileLock:
         try:

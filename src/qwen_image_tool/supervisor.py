@@ -23,7 +23,7 @@ from typing import BinaryIO, Literal, Protocol
 from pydantic import ValidationError
 
 from qwen_image_tool import exits, lifeline
-from qwen_image_tool.errors import ToolError, TroubleKind
+from qwen_image_tool.errors import ToolError, TroubleKind, trouble_in
 from qwen_image_tool.jobs import Job, Jobs
 from qwen_image_tool.messages import (
     Failed,
@@ -48,6 +48,7 @@ from qwen_image_tool.types import (
 OUTPUT_KEPT = 16 << 10  # bytes of a worker's last output
 DEATHS, WINDOW = 3, 600.0  # so many deaths in so many seconds are a loop
 STOP_SECONDS = 30.0  # a worker that doesn't stop within this is ended
+LET_GO_SECONDS = 2.0  # for the last words of a worker that has ended
 FINISH_SECONDS = 60.0  # for a picture that is being developed or saved when the program ends
 FALL_BACK: frozenset[TroubleKind] = frozenset(
     ("memory", "gpu memory", "GPU failed", "crashed", "killed")
@@ -229,13 +230,15 @@ class Supervisor:
             job = self._jobs.take()
             if job is None:
                 return False
-            self._current = current = _Current(job, Track(self.expected(job.request)))
-        self._host.job_changed(job)
+            self._current = current = _Current(job, Track({}))
+        ended = None
         try:
-            self._insist(self._safely(current))
+            ended = self._insist(self._safely(current))
         finally:
             with self._lock:
                 self._current = None
+        if ended:
+            self._host.job_changed(ended)
         return True
 
     def _rest(self) -> None:
@@ -245,31 +248,27 @@ class Supervisor:
             self._end_worker()
 
     def _safely(self, current: _Current) -> Callable[[], Job]:
-        """A fault of ours ends this job with a sentence, and not the queue in silence."""
+        """A fault of ours, or a record that can't be read, ends this job with a sentence: it would
+        be running for ever, and nobody would draw it."""
         try:
             return self._outcome(current)
-        except ToolError:
-            raise
         except Exception as error:  # noqa: BLE001
             _log.exception("Job %s could not be followed.", current.job.id)
             self._end_worker()
-            failure = Failure.from_table("other", f"({error})")
+            said = Failure.of(error) if isinstance(error, ToolError) else None
+            failure = said or Failure.from_table("other", f"({error})")
             return lambda: self._jobs.fail(current.job.id, failure)
 
     def _outcome(self, current: _Current) -> Callable[[], Job]:
         """Run the job; returns how to write down what came of it."""
         job = current.job
+        self._host.job_changed(job)
+        current.track = Track(self.expected(job.request))
         saved = self._host.seeds_saved(job)
         missing = [seed for seed in job.request.seeds if seed not in saved]
         if not missing:  # it was interrupted after its last picture
             return lambda: self._jobs.done(job.id, {})
-        try:
-            worker = self._living_worker()
-            worker.send(self._order(job, missing))
-            report = self._follow(current, worker)
-        except OSError as error:  # a process can't be started, or was gone before the order
-            failure = Failure.from_table("crashed", f"({error})")
-            report = Failed(job=job.id, failure=failure, foreseen=False)
+        report = self._drawn(current, missing)
         if isinstance(report, Finished):
             seconds = report.seconds
             return lambda: self._jobs.done(job.id, seconds)
@@ -278,6 +277,19 @@ class Supervisor:
         if current.wish == "cancel" or report.stopped:
             return lambda: self._jobs.cancel(job.id, ("running",))
         return self._after_failure(current, report)
+
+    def _drawn(self, current: _Current, missing: list[int]) -> Finished | Failed:
+        """What a worker makes of the order."""
+        try:
+            worker = self._living_worker()
+        except OSError as error:  # a process can't be started
+            kind = trouble_in(str(error)) or "crashed"
+            return self._lost(current, Failure.from_table(kind, f"({error})"))
+        with self._lock:
+            worker.send(self._order(current.job, missing))
+            if current.wish:  # it came when there was no worker to tell
+                worker.send(Stop(job=current.job.id))
+        return self._follow(current, worker)
 
     def _after_failure(self, current: _Current, report: Failed) -> Callable[[], Job]:
         job, failure = current.job, report.failure
@@ -319,6 +331,10 @@ class Supervisor:
         self._end_worker()
         failure = exits.explain(end.code, end.output, end.oom_kills, current.track.phase)
         _log.warning("The worker ended. %s Its last output:\n%s", failure.message, end.output)
+        return self._lost(current, failure)
+
+    def _lost(self, current: _Current, failure: Failure) -> Failed:
+        """The job has no process, unasked; three such jobs stop the queue."""
         if not current.wish:
             now = time.monotonic()
             self._deaths.append(now)
@@ -327,28 +343,23 @@ class Supervisor:
                 self._host.queue_changed()
         return Failed(job=current.job.id, failure=failure, foreseen=False)
 
-    def _insist(self, record: Callable[[], object]) -> None:
+    def _insist(self, record: Callable[[], Job | None]) -> Job | None:
         """Write down what happened, again and again while the disk is full: it is the truth."""
         while True:
             try:
-                changed = record()
+                return record()
             except ToolError as error:
                 if error.trouble == "request" or self._stopping:  # it was cleared, or is over
                     raise
                 _log.error("Not written down yet: %s", error)
                 time.sleep(1.0)
-                continue
-            if isinstance(changed, Job):
-                self._host.job_changed(changed)
-            return
 
     def _ask(self, current: _Current, wish: Literal["cancel", "put back"]) -> None:
         if not current.wish:
             current.since = time.monotonic()
         current.wish = wish if current.wish != "cancel" else "cancel"
         if self._worker:
-            with contextlib.suppress(OSError):
-                self._worker.send(Stop(job=current.job.id))
+            self._worker.send(Stop(job=current.job.id))
 
     def _order(self, job: Job, missing: list[int]) -> Run:
         rest = job.request.model_copy(update={"seed": missing[0], "images": len(missing)})
@@ -401,12 +412,11 @@ class WorkerProcess:
         lifeline.adopt(self._process)
         self._output = collections.deque[bytes]()
         self._reports: queue.SimpleQueue[Report | None] = queue.SimpleQueue()
-        self._readers = [
-            threading.Thread(target=self._read_reports, daemon=True),
-            threading.Thread(target=self._read_output, daemon=True),
-        ]
-        for reader in self._readers:
-            reader.start()
+        self._orders: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        work = (self._write_orders, self._read_reports, self._read_output)
+        self._threads = [threading.Thread(target=each, daemon=True) for each in work]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def pid(self) -> int:
@@ -417,17 +427,16 @@ class WorkerProcess:
         return self._process.poll() is None
 
     def send(self, order: Run | Stop) -> None:
-        """Raises OSError where the worker is gone."""
-        pipe = _pipe(self._process.stdin)
-        pipe.write(line(order))
-        pipe.flush()
+        """Returns at once: a worker that starts or hangs reads later. One that is gone says so by
+        its end."""
+        self._orders.put(line(order))
 
     def next_report(self, seconds: float) -> Report | Exit | None:
         """The next report; Exit once the worker has ended; None where nothing came in time."""
         try:
             report = self._reports.get(timeout=seconds)
         except queue.Empty:
-            return None
+            return None if self.alive else self._exit()
         return report or self._exit()
 
     def end(self) -> None:
@@ -435,34 +444,45 @@ class WorkerProcess:
         with contextlib.suppress(OSError):
             self._process.kill()
         self._process.wait()
-        for reader in self._readers:
-            reader.join()
-        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
-            with contextlib.suppress(OSError):
-                _pipe(pipe).close()
+        self._let_go()
 
     def _exit(self) -> Exit:
         code = self._process.wait()
-        for reader in self._readers:
-            reader.join(2.0)
+        self._let_go()
         output = b"".join(self._output)[-OUTPUT_KEPT:].decode(errors="replace")
         return Exit(code, output, exits.oom_kills() - self._oom_kills)
 
+    def _let_go(self) -> None:
+        """Processes that a library has started may hold the pipes when the worker is gone: their
+        threads end with them."""
+        self._orders.put(b"")
+        end = time.monotonic() + LET_GO_SECONDS
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
+
+    def _write_orders(self) -> None:
+        with contextlib.suppress(OSError), _pipe(self._process.stdin) as pipe:
+            while text := self._orders.get():
+                pipe.write(text)
+                pipe.flush()
+
     def _read_reports(self) -> None:
-        for text in _pipe(self._process.stdout):
-            try:
-                self._reports.put(report_adapter.validate_json(text))
-            except ValidationError:
-                _log.warning("The worker said something unknown: %.200r", text)
+        with _pipe(self._process.stdout) as pipe:
+            for text in pipe:
+                try:
+                    self._reports.put(report_adapter.validate_json(text))
+                except ValidationError:
+                    _log.warning("The worker said something unknown: %.200r", text)
         self._reports.put(None)
 
     def _read_output(self) -> None:
         kept = 0
-        for text in _pipe(self._process.stderr):
-            self._output.append(text[-OUTPUT_KEPT:])
-            kept += len(self._output[-1])
-            while kept - len(self._output[0]) >= OUTPUT_KEPT:
-                kept -= len(self._output.popleft())
+        with _pipe(self._process.stderr) as pipe:
+            for text in pipe:
+                self._output.append(text[-OUTPUT_KEPT:])
+                kept += len(self._output[-1])
+                while kept - len(self._output[0]) >= OUTPUT_KEPT:
+                    kept -= len(self._output.popleft())
 
 
 def _pipe(pipe: object) -> BinaryIO:

@@ -13,6 +13,7 @@ from pydantic_core import CoreSchema, core_schema
 
 from qwen_image_tool.errors import TROUBLES, BadRequest, ToolError, TroubleKind
 
+MAX_PROMPT = 100_000  # characters; no model reads a tenth of them
 MAX_SEED = 2**63 - 1  # torch.Generator takes more, SQLite and JavaScript tools do not
 
 
@@ -93,8 +94,10 @@ class Request(Value):
     """Everything the user asked for. None means: the model's own value."""
 
     model: str = Field(min_length=1, description="A catalogue id, or a local model folder")
-    prompt: str = Field(default="", description="What the picture shows")
-    negative_prompt: str | None = Field(default=None, description="What it should not show")
+    prompt: str = Field(default="", max_length=MAX_PROMPT, description="What the picture shows")
+    negative_prompt: str | None = Field(
+        default=None, max_length=MAX_PROMPT, description="What it should not show"
+    )
     size: Size | None = Field(default=None, description="Pixels of the file, WIDTHxHEIGHT")
     steps: int | None = Field(default=None, ge=1, le=1000, description="Denoising steps")
     cfg: float | None = Field(

@@ -23,8 +23,8 @@ class Forward(Protocol):
         velocity of each picture under each condition, [1, tokens, channels]."""
 
 
-# A step is done: its number from 1, its seconds, and a function that gives the latents as they
-# would be without their noise, [pictures, tokens, channels]
+# A step is done: its number from 1, its seconds, and a function that gives the first picture's
+# latents as they would be without their noise, [1, tokens, channels]: new ones, nobody else's
 Latents = Callable[[], torch.Tensor]
 Stepped = Callable[[int, float, Latents], None]
 # The guided velocity, from the prompt's, the negative prompt's and the CFG scale
@@ -85,7 +85,7 @@ def denoise(
         predictions = forward(latents, step, conditions)
         velocity = torch.cat([p[0] if len(p) == 1 else guide(p[0], p[1], cfg) for p in predictions])
         latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
-        pace.step(partial(_without_noise, scheduler, step, latents, velocity))
+        pace.step(partial(_without_noise, scheduler, step, latents[:1], velocity[:1]))
     pace.finish()
     return latents
 

@@ -27,7 +27,7 @@ from qwen_image_tool.engine import attention, compiled, families, text, vae, wei
 from qwen_image_tool.engine.cache import TensorCache, checkpoint_identity
 from qwen_image_tool.engine.checks import SAFER, check_image, check_latents
 from qwen_image_tool.engine.denoise import Latents, denoise, noise, schedule
-from qwen_image_tool.engine.sketch import Sketch
+from qwen_image_tool.engine.sketch import Show, Sideshow, Sketch
 from qwen_image_tool.errors import BrokenPicture, Cancelled, ModelMissing, OutOfMemory
 from qwen_image_tool.store import Installed
 from qwen_image_tool.types import (
@@ -134,9 +134,8 @@ class Engine:
             # 4. From noise to latents
             with watch.phase("denoise"):
                 sketch = parts.sketch(self._previews)
-                if sketch:
-                    watch.preview = lambda latents: sketch.draw(family.unpack(latents[:1], grid)[0])
-                with parts.drawing():
+                shown = _shown(sketch, lambda found: family.unpack(found, grid)[0], emit)
+                with shown as watch.show, parts.drawing():
                     latents = denoise(
                         forward,
                         latents,
@@ -342,8 +341,8 @@ class _Watch:
     def __init__(self, emit: Emit, is_cancelled: IsCancelled, steps: int) -> None:
         self._emit, self._is_cancelled, self._steps = emit, is_cancelled, steps
         self.seconds: dict[PhaseName, float] = {}
-        self.preview: Callable[[torch.Tensor], bytes | None] | None = None
-        self._previewed = 0.0
+        self.show: Show | None = None
+        self._shown = 0.0
 
     @contextmanager
     def phase(self, name: PhaseName) -> Iterator[None]:
@@ -364,15 +363,35 @@ class _Watch:
     def stepped(self, step: int, seconds: float, latents: Latents) -> None:
         self._emit(Stepped(step=step, steps=self._steps, seconds=seconds))
         self._check()
-        started = time.perf_counter()
-        if self.preview and started - self._previewed > PREVIEW_SECONDS and step < self._steps:
-            self._previewed = started
-            if jpeg := self.preview(latents()):
-                self._emit(Preview(step=step, jpeg=base64.b64encode(jpeg).decode()))
+        now = time.perf_counter()
+        if self.show and now - self._shown > PREVIEW_SECONDS and step < self._steps:
+            self._shown = now
+            self.show(step, latents())
 
     def _check(self) -> None:
         if self._is_cancelled():
             raise Cancelled("Stopped.", "Nothing was written.")
+
+
+@contextmanager
+def _shown(
+    sketch: Sketch | None, cells: Callable[[torch.Tensor], torch.Tensor], emit: Emit
+) -> Iterator[Show | None]:
+    """What shows latents while they are made, of which `cells` makes latent cells; all is shown
+    that will be when this ends."""
+    if sketch is None:
+        yield None
+        return
+
+    def told(step: int, jpeg: bytes) -> None:
+        emit(Preview(step=step, jpeg=base64.b64encode(jpeg).decode()))
+
+    with Sideshow(
+        lambda latents: sketch.draw(cells(latents)),
+        told,
+        lambda error: emit(Notice(text=f"There are no more previews of this run: {error}")),
+    ) as sideshow:
+        yield sideshow.show
 
 
 def device_name(device: torch.device) -> str:

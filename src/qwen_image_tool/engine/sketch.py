@@ -1,13 +1,17 @@
 """Previews while a picture is drawn: a linear map from latents to colours, learned from what the
-VAE decoded before. No weights are downloaded for it, and it costs one small matrix product."""
+VAE decoded before. No weights are downloaded for it, and it costs one small matrix product, beside
+the loop."""
 
 import contextlib
 import hashlib
 import io
+import logging
+import threading
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -18,6 +22,55 @@ from qwen_image_tool.files import replace_file
 ENOUGH = 64  # pictures to learn from; more would change nothing that can be seen
 SIDE = 160  # pixels of a preview's longer side, at least; a viewer makes more of it for nothing
 RIDGE = 1e-3  # keeps the map small where few pictures say little
+
+Show = Callable[[int, torch.Tensor], None]  # a step, and latents that nobody else writes
+_log = logging.getLogger(__name__)
+
+
+class Sideshow:
+    """Draws beside the loop, in a thread: `show` returns at once, what is newer takes the place of
+    what was not begun, and the order stays. `told(step, picture)` and `failed(error)` are called in
+    that thread; after a failure nothing more is drawn. As a context it ends with the last one
+    drawn."""
+
+    def __init__(
+        self,
+        draw: Callable[[torch.Tensor], bytes | None],
+        told: Callable[[int, bytes], None],
+        failed: Callable[[Exception], None],
+    ) -> None:
+        self._draw, self._told, self._failed = draw, told, failed
+        self._lock = threading.Lock()
+        self._newest: tuple[int, torch.Tensor] | None = None
+        self._thread = ThreadPoolExecutor(1, "preview")
+        self._broken = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
+
+    def show(self, step: int, latents: torch.Tensor) -> None:
+        with self._lock:
+            asked, self._newest = self._newest is not None, (step, latents)
+        if not (asked or self._broken):
+            self._thread.submit(self._draw_newest)
+
+    def _draw_newest(self) -> None:
+        with self._lock:
+            newest, self._newest = self._newest, None
+        if newest is None or self._broken:
+            return
+        try:
+            with torch.inference_mode():  # a thread's own state
+                picture = self._draw(newest[1])
+            if picture:
+                self._told(newest[0], picture)
+        except Exception as error:  # noqa: BLE001  the picture is worth more than its preview
+            self._broken = True
+            _log.exception("A preview failed.")
+            self._failed(error)
 
 
 class Sketch:
@@ -39,10 +92,10 @@ class Sketch:
         picture of this VAE was decoded."""
         if self._map is None:
             return None
-        self._map = self._map.to(cells.device)
-        colours = cells[:, 0].permute(1, 2, 0).float() @ self._map[:-1] + self._map[-1]
-        pixels = colours.clamp(0, 255).round().to(torch.uint8).cpu().numpy()
-        image = Image.fromarray(pixels)
+        # NumPy: torch would start a second team of threads beside the one of the loop
+        values = cells[:, 0].permute(1, 2, 0).float().cpu().numpy()
+        colours = values @ self._map[:-1] + self._map[-1]
+        image = Image.fromarray(colours.clip(0, 255).round().astype(np.uint8))
         grow = max(1, -(-SIDE // max(image.size)))
         image = image.resize((image.width * grow, image.height * grow), Image.Resampling.BILINEAR)
         buffer = io.BytesIO()
@@ -83,10 +136,10 @@ class Sketch:
             replace_file(self._path, buffer.getvalue())
 
 
-def _solve(squares: Any, products: Any) -> torch.Tensor:
+def _solve(squares: Any, products: Any) -> Any:
     """[channels + 1, 3], float32."""
     ridge = RIDGE * np.trace(squares) / len(squares) * np.eye(len(squares))
-    return torch.from_numpy(np.linalg.solve(squares + ridge, products).astype(np.float32))
+    return np.linalg.solve(squares + ridge, products).astype(np.float32)
 
 
 def _on_white(image: Image.Image) -> Image.Image:

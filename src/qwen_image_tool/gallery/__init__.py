@@ -18,7 +18,7 @@ import struct
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -103,11 +103,11 @@ def save_image(
     }
     if job:
         own["job"] = job
-    data = _encode(
-        image,
-        parameters(request, Size(*image.size), model_name),
-        json.dumps(own, ensure_ascii=False),
-    )
+    texts = {
+        "parameters": parameters(request, Size(*image.size), model_name),
+        OUR_CHUNK: json.dumps(own, ensure_ascii=False),
+    }
+    data = png_of(image, texts)
     stem = f"{datetime.now():%Y%m%d-%H%M%S}-seed{request.seeds[0]}"
     with _output_errors(folder):
         folder = folder.expanduser()
@@ -201,12 +201,16 @@ def _quoted(value: str) -> str:
     return json.dumps(value, ensure_ascii=False) if any(c in value for c in ",\n:") else value
 
 
-def _encode(image: "Image", text: str, own: str) -> bytes:
+def png_of(image: "Image", texts: Mapping[str, str]) -> bytes:
+    """A PNG file of the picture with these texts."""
     from PIL.PngImagePlugin import PngInfo
 
     chunks = PngInfo()
-    chunks.add_text("parameters", text)  # tEXt where latin-1 holds it, else iTXt
-    chunks.add_itxt(OUR_CHUNK, own)
+    for key, text in texts.items():
+        if key == OUR_CHUNK:
+            chunks.add_itxt(key, text)
+        else:
+            chunks.add_text(key, text)  # tEXt where latin-1 holds it, else iTXt
     buffer = io.BytesIO()
     image.save(buffer, "PNG", pnginfo=chunks)
     return buffer.getvalue()

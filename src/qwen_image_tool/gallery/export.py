@@ -4,7 +4,9 @@ import contextlib
 import hashlib
 import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, get_args
 
 from qwen_image_tool.errors import BadRequest, NotOurPicture
@@ -14,6 +16,7 @@ from qwen_image_tool.gallery import (
     EXIF_IFD,
     OUR_CHUNK,
     USER_COMMENT_TAG,
+    png_of,
     read_texts,
 )
 
@@ -28,6 +31,7 @@ MEDIA_TYPES: dict[Format, str] = {
     "webp": "image/webp",
 }
 QUALITY = 92
+NO_TEXTS: Mapping[str, str] = MappingProxyType({})
 MAX_PIXELS = 64_000_000  # of an upload, decoded
 MAX_EXIF_BYTES = 65_000  # of a JPEG's segment
 
@@ -43,11 +47,10 @@ def export(
     from PIL import Image
 
     try:
-        if form == "png" and metadata:
-            return path.read_bytes()
         with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
-            exif = _exif(read_texts(path)) if metadata else None
-            return encode(image, form, quality, exif)
+            if metadata and form == "png" and image.format == "PNG":
+                return path.read_bytes()
+            return encode(image, form, quality, read_texts(path) if metadata else {})
     except (OSError, SyntaxError, ValueError) as error:
         raise NotOurPicture(f"{path.name} can't be read: {error}.", "Is it still there?") from error
 
@@ -74,16 +77,21 @@ def thumbnail(path: Path, side: int, cache: Path) -> bytes:
 
 
 def encode(
-    image: "Image", form: Format, quality: int = QUALITY, exif: "Exif | None" = None
+    image: "Image",
+    form: Format,
+    quality: int = QUALITY,
+    texts: Mapping[str, str] = NO_TEXTS,
 ) -> bytes:
-    """A picture's file, with no metadata but `exif`."""
-    buffer = io.BytesIO()
+    """A picture's file, with no metadata but `texts`. Raises BadRequest where they are too long for
+    this kind of file."""
     if form == "png":
-        _bare(image).save(buffer, "PNG")
-    elif form == "jpeg":
-        on_white(image).save(buffer, "JPEG", quality=quality, exif=exif or b"")
+        return png_of(_bare(image), texts)
+    buffer = io.BytesIO()
+    exif = _exif(texts) if texts else b""
+    if form == "jpeg":
+        on_white(image).save(buffer, "JPEG", quality=quality, exif=exif)
     else:
-        _bare(image).save(buffer, "WEBP", quality=quality, exif=exif or b"")
+        _bare(image).save(buffer, "WEBP", quality=quality, exif=exif)
     return buffer.getvalue()
 
 
@@ -123,7 +131,7 @@ def _bare(image: "Image") -> "Image":
     return bare
 
 
-def _exif(texts: dict[str, str]) -> "Exif":
+def _exif(texts: Mapping[str, str]) -> "Exif":
     """`parameters` as Civitai reads it, and our JSON."""
     from PIL import Image
 

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -112,6 +113,7 @@ class Index:
         self._late: dict[str, dict[str, Any]] = {}  # rows by id that the database did not take yet
         self._deleted: list[tuple[Picture, Path]] = []  # the last deletion: with the files kept
         self._deleted_at = 0.0
+        self._deleting = threading.RLock()
 
     def add(self, path: Path) -> Picture:
         """Take up a picture file that was just saved, also where the database can't be written
@@ -147,7 +149,7 @@ class Index:
             if known.get(file) != (stat.st_size, stat.st_mtime_ns)
         ]
         new.sort(key=lambda file: _taken(file, found[file]))
-        self._forget(gone)
+        self._miss(gone)
         added = 0
         for start in range(0, len(new), BATCH):
             if told:
@@ -243,7 +245,7 @@ class Index:
         found = self.get(picture)
         path = self.folder / found.file
         if not path.is_file():
-            self._forget([found.file])
+            self._miss([found.file])
             raise Unknown(f"{found.file} is not there any more.", "It was deleted or moved.")
         return path
 
@@ -257,25 +259,28 @@ class Index:
         return self.get(picture)
 
     def delete(self, pictures: Iterable[str]) -> list[str]:
-        """Put pictures into the system's trash; returns the ids that are gone. Raises Unknown, or
-        ToolError where the trash does not take one: that one stays."""
-        self.forget_deleted()
-        done = []
-        for picture in pictures:
-            found = self.get(picture)
-            path = self.folder / found.file
-            if path.exists():
-                kept = self._kept(found, path)
-                try:
-                    self._trash(path)
-                except BaseException:
-                    kept.unlink()
-                    raise
-                self._deleted.append((found, kept))
-                self._deleted_at = time.monotonic()
-            self._forget([found.file])
-            done.append(picture)
-        return done
+        """Put pictures into the system's trash; returns the ids that are gone. Raises Unknown where
+        one is not known, and none is deleted then; or ToolError where the trash does not take one:
+        that one stays."""
+        with self._deleting:
+            all_found = [self.get(picture) for picture in dict.fromkeys(pictures)]
+            self.forget_deleted()
+            for found in all_found:
+                self._delete(found)
+            return [found.id for found in all_found]
+
+    def _delete(self, found: Picture) -> None:
+        path = self.folder / found.file
+        if path.exists():
+            kept = self._kept(found, path)
+            try:
+                self._trash(path)
+            except BaseException:
+                kept.unlink()
+                raise
+            self._deleted.append((found, kept))
+            self._deleted_at = time.monotonic()
+        self._forget([found.file])
 
     @property
     def deleted(self) -> tuple[Picture, ...]:
@@ -287,6 +292,10 @@ class Index:
     def undo(self) -> list[str]:
         """Bring back what was deleted last, with its stars; the trash keeps its copies. Raises
         ToolError where a file can't be put back: it is in the trash."""
+        with self._deleting:
+            return self._undo()
+
+    def _undo(self) -> list[str]:
         back = []
         while self._deleted:
             picture, kept = self._deleted.pop()
@@ -307,9 +316,10 @@ class Index:
 
     def forget_deleted(self) -> None:
         """What was deleted is in the trash alone from now on."""
-        self._deleted.clear()
-        shutil.rmtree(self.folder / UNDO_FOLDER, ignore_errors=True)
-        self.version += 1
+        with self._deleting:
+            self._deleted.clear()
+            shutil.rmtree(self.folder / UNDO_FOLDER, ignore_errors=True)
+            self.version += 1
 
     def clean(self) -> None:
         """Remove temporary files whose writer died, and what can't be undone any more."""
@@ -389,6 +399,17 @@ class Index:
         known = self.database.read("SELECT 1 FROM pictures WHERE id = ?", (picture,))
         return picture in self._late or bool(known)
 
+    def _miss(self, gone: Sequence[str]) -> None:
+        """They went without us, and may come back: their disk may not be plugged in."""
+        if gone:
+            with self._write() as write:
+                write.executemany(
+                    "INSERT OR IGNORE INTO waiting_stars SELECT file FROM pictures"
+                    " WHERE file = ? AND star = 1",
+                    [(file,) for file in gone],
+                )
+        self._forget(gone)
+
     def _forget(self, gone: Sequence[str]) -> None:
         for file in gone:
             self._late.pop(picture_id(file), None)
@@ -451,17 +472,19 @@ def _taken(file: str, stat: os.stat_result) -> str:
 
 
 def put(write: sqlite3.Connection, rows: Sequence[dict[str, Any]]) -> None:
-    """The words are indexed at insertion, so a changed picture goes out and in, with its star."""
+    """The words are indexed at insertion, so a changed picture goes out and in, with its star; one
+    that was away has its star back."""
     for row in rows:
         old = write.execute(
             "DELETE FROM pictures WHERE file = ? RETURNING star", (row["file"],)
         ).fetchone()
+        back = write.execute("DELETE FROM waiting_stars WHERE file = ?", (row["file"],)).rowcount
         first = _first_number(row["taken"])
         [taken] = write.execute(
             "SELECT coalesce(max(number) + 1, ?) FROM pictures WHERE number >= ? AND number < ?",
             (first, first, first + SAME_SECOND - 1),
         ).fetchone()
-        new = row | {"number": taken, "star": old["star"] if old else 0}
+        new = row | {"number": taken, "star": old["star"] if old else back}
         write.execute(
             f"INSERT INTO pictures ({', '.join(new)}) VALUES ({', '.join('?' * len(new))})",  # noqa: S608
             tuple(new.values()),

@@ -25,7 +25,7 @@ from qwen_image_tool.server.answers import NotSupported, NotYet
 from qwen_image_tool.server.api import Here, News_
 from qwen_image_tool.server.openai import cancelled_with, find, raise_failure, unless_gone
 from qwen_image_tool.service import Service
-from qwen_image_tool.types import Request, Size
+from qwen_image_tool.types import MAX_PROMPT, Request, Size
 
 ORIGIN = "a1111"
 SAMPLERS = ("", "Euler", "Automatic")
@@ -58,8 +58,8 @@ class TextToImage(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    prompt: str = Field(default="", max_length=100_000)
-    negative_prompt: str | None = Field(default="", max_length=100_000)
+    prompt: str = Field(default="", max_length=MAX_PROMPT)
+    negative_prompt: str | None = Field(default="", max_length=MAX_PROMPT)
     width: int | None = Field(default=None, ge=1, le=99_999)
     height: int | None = Field(default=None, ge=1, le=99_999)
     steps: int | None = Field(default=None, ge=1, le=1000)
@@ -71,6 +71,11 @@ class TextToImage(BaseModel):
     sampler_index: str | None = Field(default="", max_length=100)
     scheduler: str | None = Field(default="", max_length=100)
     override_settings: dict[str, Any] | None = None
+
+    @property
+    def echo(self) -> dict[str, Any]:
+        """What is told again to the client: nothing that may be its password, or no JSON."""
+        return self.model_dump(exclude={"override_settings", *(self.model_extra or ())})
 
     def request(self, model: Model) -> Request:
         """Raises NotSupported or BadRequest."""
@@ -123,7 +128,7 @@ async def text_to_image(
         if ended is None:
             return Response(status_code=499)
         if ended.state == "cancelled":
-            return {"images": [], "parameters": body.model_dump(), "info": "{}"}
+            return {"images": [], "parameters": body.echo, "info": "{}"}
         raise_failure(ended)
         return await asyncio.to_thread(_result, service, body, ended)
 
@@ -270,8 +275,9 @@ def memory() -> dict[Literal["ram", "cuda"], dict[str, Any]]:
 @a1111.post("/refresh-checkpoints")
 @a1111.post("/refresh-loras")
 @a1111.post("/refresh-vae")
+@a1111.post("/reload-checkpoint")
 def refresh() -> dict[str, Any]:
-    """Models are looked for at every question."""
+    """Models are looked for at every question, and loaded when a job needs them."""
     return {}
 
 
@@ -304,11 +310,11 @@ def png_info(body: PngInfo) -> dict[str, Any]:
 def _submit(service: Service, body: TextToImage) -> Job:
     settings = body.override_settings or {}
     ours = options(service)
-    for name in settings.keys() - {"sd_model_checkpoint", "samples_format"}:
+    title = settings.get("sd_model_checkpoint") or ""
+    for name in settings.keys() - ({"sd_model_checkpoint"} if isinstance(title, str) else set()):
         if name not in ours or settings[name] != ours[name]:
             raise NotSupported(f"The setting {name} can't be changed.", "override_settings")
-    title = settings.get("sd_model_checkpoint")
-    model = _model(service, title) if isinstance(title, str) and title else find(service, None)
+    model = _model(service, title)
     return service.submit(body.request(model), ORIGIN)
 
 
@@ -351,6 +357,6 @@ def _result(service: Service, body: TextToImage, job: Job) -> dict[str, Any]:
     }
     return {
         "images": [base64.b64encode(path.read_bytes()).decode() for path in pictures],
-        "parameters": body.model_dump(),
+        "parameters": body.echo,
         "info": json.dumps(info, ensure_ascii=False),
     }

@@ -194,11 +194,15 @@ class _TooLarge(Exception):
 
 
 class Gate:
-    """ASGI middleware around everything. `hosts`: what Host may say, with the port."""
+    """ASGI middleware around everything. `names` tells what Host may say, but for the port: asked
+    again where one is unknown, because a laptop joins other networks."""
 
-    def __init__(self, app: "ASGIApp", access: Access, hosts: Collection[str], port: int) -> None:
+    def __init__(
+        self, app: "ASGIApp", access: Access, names: Callable[[], Collection[str]], port: int
+    ) -> None:
         self._app, self._access = app, access
-        self._hosts = frozenset(host.lower() for host in hosts)
+        self._names, self._port = names, port
+        self._hosts: frozenset[str] = frozenset()
         self.cookie = f"qit_{port}"  # cookies are shared by all ports of a host
 
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
@@ -216,7 +220,7 @@ class Gate:
             await self._let_in(scope, receive, send)
 
     def _refusal(self, scope: "Scope", headers: Headers) -> Response | None:
-        if headers.get("host", "").lower() not in self._hosts:
+        if not self._is_ours(headers.get("host", "")):
             return _problem(421, "wrong_host", "This address is not one of QwenImageTool's.")
         origin = headers.get("origin")
         if origin and scope["method"] not in SAFE and not self._own(origin):
@@ -227,7 +231,12 @@ class Gate:
 
     def _own(self, origin: str) -> bool:
         parts = urlsplit(origin)
-        return parts.scheme in ("http", "https") and parts.netloc.lower() in self._hosts
+        return parts.scheme in ("http", "https") and self._is_ours(parts.netloc)
+
+    def _is_ours(self, host: str) -> bool:
+        if host.lower() not in self._hosts:
+            self._hosts = frozenset(f"{name}:{self._port}".lower() for name in self._names())
+        return host.lower() in self._hosts
 
     def _entrance(self, scope: "Scope", headers: Headers) -> Response | None:
         """What is answered instead of letting the request in; None lets it in."""

@@ -14,16 +14,18 @@ from qwen_image_tool.server.api import by_id
 from qwen_image_tool.server.hub import Hub
 from qwen_image_tool.server.openai import cancelled_with, find, raise_failure
 from qwen_image_tool.service import Service
-from qwen_image_tool.types import Request, Size
+from qwen_image_tool.types import MAX_PROMPT, Request, Size
 
 if TYPE_CHECKING:
     from mcp.server.mcpserver import MCPServer
     from starlette.types import ASGIApp, Receive, Scope, Send
 
 SHOWN_SIDE = 1024  # pixels of a picture that is shown to a language model, at most
-Prompt = Annotated[str, Field(description="What the picture shows", max_length=100_000)]
+Prompt = Annotated[str, Field(description="What the picture shows", max_length=MAX_PROMPT)]
 Model = Annotated[str | None, Field(description="An id of the tool `models`; None: the default")]
-Negative = Annotated[str | None, Field(description="What it should not show")]
+Negative = Annotated[
+    str | None, Field(description="What it should not show", max_length=MAX_PROMPT)
+]
 Pixels = Annotated[str | None, Field(description="WIDTHxHEIGHT; None: the model's own")]
 Steps = Annotated[int | None, Field(ge=1, le=1000)]
 Cfg = Annotated[float | None, Field(ge=1, le=50)]

@@ -29,12 +29,13 @@ from qwen_image_tool.server.answers import NoModel, NotSupported, NotYet, openai
 from qwen_image_tool.server.api import Here, News_
 from qwen_image_tool.server.hub import Ending, Hub
 from qwen_image_tool.service import Service
-from qwen_image_tool.types import Failure, Preview, Request, Size
+from qwen_image_tool.types import MAX_PROMPT, Failure, Preview, Request, Size
 
 # Names that clients have built in; they mean the default model
 ALIASES = frozenset(
     ("gpt-image-1", "gpt-image-1-mini", "gpt-image-1.5", "dall-e-2", "dall-e-3", "default")
 )
+Quality = Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"]
 KEEP_ALIVE_SECONDS = 15.0
 DISCONNECT_POLL = 0.5  # seconds
 USAGE = {
@@ -50,11 +51,11 @@ class Generation(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    prompt: str = Field(max_length=100_000)
+    prompt: str = Field(max_length=MAX_PROMPT)
     model: str | None = Field(default=None, max_length=200)
     n: int | None = Field(default=None, ge=1, le=10)
     size: str | None = Field(default=None, max_length=20, description="auto, or WIDTHxHEIGHT")
-    quality: Literal["auto", "low", "medium", "high", "standard", "hd"] | None = Field(
+    quality: Quality | None = Field(
         default=None, description="low takes half of the model's steps; all others take all"
     )
     background: Literal["auto", "opaque", "transparent"] | None = None
@@ -65,7 +66,7 @@ class Generation(BaseModel):
     user: str | None = Field(default=None, max_length=1000, description="Not kept")
     stream: bool | None = None
     partial_images: int | None = Field(default=None, ge=0, le=3)
-    negative_prompt: str | None = Field(default=None, max_length=100_000)
+    negative_prompt: str | None = Field(default=None, max_length=MAX_PROMPT)
     seed: int | None = Field(default=None, ge=0, lt=2**63)
     steps: int | None = Field(default=None, ge=1, le=1000)
     true_cfg_scale: float | None = Field(default=None, ge=1, le=50)

@@ -165,9 +165,8 @@ def serve(
         number = bound.getsockname()[1]
         token = os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(TOKEN_BYTES)
         access = Access(token, password if lan else None)
-        names = [*LOOPBACK, *(own_addresses() if lan else ())]
         app: FastAPI = build(service, access, page)
-        gate = Gate(app, access, [f"{name}:{number}" for name in names], number)
+        gate = Gate(app, access, lambda: [*LOOPBACK, *(own_addresses() if lan else ())], number)
         app.state.gate = gate
         url = f"http://{shown(host, lan)}:{number}"
         where = Running(url=url, port=number, token=token, pid=os.getpid(), lan=lan)
@@ -186,11 +185,12 @@ def serve(
 def bind(host: str, port: int | None, service: Service) -> socket.socket:
     """A listening socket. Raises BadRequest."""
     remembered = service.remembered().get("port")
+    known = [remembered] if isinstance(remembered, int) and 0 < remembered < 65536 else []
     near = [PORT + i for i in range(TRIED_PORTS)]
-    wanted = [port] if port is not None else [p for p in (remembered, *near, 0) if p is not None]
+    wanted = [*known, *near, 0] if port is None else [port]
     for number in wanted:
         try:
-            bound = _bind(host, int(number))
+            bound = _bind(host, number)
         except OSError as error:
             if error.errno not in (errno.EADDRINUSE, errno.EACCES) or number is wanted[-1]:
                 why = error.strerror or str(error)
@@ -225,8 +225,19 @@ def own_addresses() -> list[str]:
     ]
     v6 = [f"[{address}]" for address in found if ":" in address]
     v4 = [address for address in found if ":" not in address and not address.startswith("127.")]
+    v4.sort(key=_outgoing().__eq__)  # that one last; not a container's or a virtual machine's
     name = socket.gethostname().lower()
     return [name, f"{name}.local", *v6, *v4]
+
+
+def _outgoing() -> str:
+    """The address of this computer that other networks see; "" without a network."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+        try:
+            asked.connect(("192.0.2.1", 9))  # RFC 5737: nobody's. Of UDP, which sends nothing yet
+        except OSError:
+            return ""
+        return str(asked.getsockname()[0])
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -260,15 +271,22 @@ class _Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        names = ("SIGINT", "SIGTERM", "SIGBREAK")
-        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
         main = threading.current_thread() is threading.main_thread()
-        before = {n: signal.signal(n, self.handle_exit) for n in numbers} if main else {}
+        before = {n: signal.signal(n, self.handle_exit) for n in _ends()} if main else {}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _ends() -> Iterator[signal.Signals]:
+    """The signals that ask for an end. A terminal that is closed sends SIGHUP; nohup ignores it."""
+    for name in ("SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP"):
+        number = getattr(signal, name, None)
+        ignored = name == "SIGHUP" and number and signal.getsignal(number) is signal.SIG_IGN
+        if number and not ignored:
+            yield number
 
 
 async def _listen(
