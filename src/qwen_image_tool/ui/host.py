@@ -6,6 +6,7 @@ Importing Gradio takes seconds, so it happens in a thread, at the first request 
 
 import asyncio
 import contextlib
+import gc
 import logging
 from http.cookies import CookieError, SimpleCookie
 from typing import TYPE_CHECKING
@@ -75,9 +76,13 @@ class Page:
 
 
 def _build(service: Service, language: Language) -> "FastAPI":
-    from qwen_image_tool.ui.page import build
+    gc.disable()  # an import makes no garbage, and looking for it takes a tenth of its time
+    try:
+        from qwen_image_tool.ui.page import build
 
-    return build(service, load_words(language))
+        return build(service, load_words(language))
+    finally:
+        gc.enable()
 
 
 async def _readiness(loading: "asyncio.Task[FastAPI]") -> JSONResponse:

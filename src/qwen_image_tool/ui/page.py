@@ -42,8 +42,6 @@ def build(service: Service, t: Words) -> FastAPI:
         enable_monitoring=False,
         pwa=False,
     )
-    # Asking torch takes seconds: begun here, so that it does not slow Gradio's own start
-    threading.Thread(target=service.device, name="device", daemon=True).start()
     return app
 
 
@@ -71,7 +69,18 @@ def blocks(service: Service, t: Words) -> gr.Blocks:
             with gr.Tab(t("Settings"), id="settings", elem_id="qit-settings-tab") as tab:
                 settings.build(kit, tab)
         album.listen_for_files(kit, file)
+        _ask_torch(kit)
     return made
+
+
+def _ask_torch(kit: Kit) -> None:
+    """What this computer can do takes seconds to find out: begun when the page is there, so that it
+    does not slow it."""
+
+    def ask() -> None:
+        threading.Thread(target=kit.service.device, name="device", daemon=True).start()
+
+    kit.on(kit.opened, ask)
 
 
 def _header() -> str:
