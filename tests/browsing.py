@@ -15,6 +15,7 @@ OPENS = 60_000  # milliseconds that Gradio may take to be there
 SOON = 15_000
 PHONE = {"width": 390, "height": 844}
 DESKTOP = {"width": 1280, "height": 900}
+LAPTOP = {"width": 1366, "height": 768}
 CHROMIUM = (
     "--no-sandbox",
     "--disable-gpu",

@@ -4,9 +4,9 @@ import re
 from typing import Any
 
 import pytest
-from playwright.sync_api import expect
+from playwright.sync_api import Locator, expect
 
-from browsing import DESKTOP, PHONE, Site, Visit
+from browsing import DESKTOP, LAPTOP, PHONE, Site, Visit
 from qwen_image_tool.catalog.sizes import RATIOS, RESOLUTIONS, SIZES
 
 
@@ -182,7 +182,9 @@ def test_a_reload_and_a_second_tab_change_nothing(site: Site) -> None:
 def test_a_worker_that_dies_is_told_and_the_job_goes_on(site: Site) -> None:
     with site.visit() as visit:
         generate(visit, "slow once signal 9", steps=40)
-        visit.sees("The process that draws died under this job. The job goes on by itself.")
+        why = r"The process that draws was ended from outside\. \(SIGKILL during \w+\)"
+        told = visit.stage.get_by_text(re.compile(rf"{why} The job goes on by itself\."))
+        expect(told).to_be_visible()
         visit.shot("worker-died")
         visit.state("done")
 
@@ -249,6 +251,38 @@ def test_it_fits_and_is_seen(site: Site, name: str, options: dict[str, Any]) -> 
         expect(visit.page.locator("#qit-board")).to_contain_text("Nothing waits.")
         visit.shot(f"queue-{name}")
         assert visit.overflow() == 0
+
+
+@pytest.mark.parametrize("window", [LAPTOP, PHONE])
+def test_shape_sentence_and_generate_are_seen_together(site: Site, window: Any) -> None:
+    with site.visit(viewport=window) as visit:
+        expect(visit.plan).to_contain_text("Memory")
+        if window == PHONE and visit.page.locator(".qit-guide").count():
+            visit.press("Close the walk-through")
+        for one in (visit.field("Resolution"), visit.field("Prompt"), *buttons(visit)):
+            expect(one).to_be_in_viewport(ratio=1)
+        visit.write("Prompt", "slow to watch")
+        visit.press("Generate")
+        visit.state("running")
+        expect(visit.stage.locator(".qit-frame").first).to_be_in_viewport()
+        visit.page.keyboard.press("Escape")
+        visit.state("cancelled")
+
+
+def buttons(visit: Visit) -> list[Locator]:
+    return visit.page.locator("#qit-go button").all()
+
+
+def test_the_badge_and_the_plan_are_as_things_are_now(site: Site) -> None:
+    """A job that ended tells what the next one takes."""
+    with site.visit() as visit:
+        visit.choose("Resolution", "Small")
+        before = visit.plan.inner_text()
+        generate(visit, "slow to be measured", steps=20)
+        visit.state("done")
+        visit.page.wait_for_function(
+            "said => document.querySelector('#qit-plan .qit-plan').innerText !== said", arg=before
+        )
 
 
 def test_in_chinese(site: Site) -> None:

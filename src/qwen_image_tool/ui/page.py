@@ -18,6 +18,9 @@ from qwen_image_tool.ui.theme import palette_css, theme
 from qwen_image_tool.ui.words import Words
 
 TICK = 0.5  # seconds
+RETURNED = """
+document.addEventListener('visibilitychange', () => { if (!document.hidden) trigger('click', {}); });
+"""
 
 
 def build(service: Service, t: Words) -> FastAPI:
@@ -53,13 +56,13 @@ def blocks(service: Service, t: Words) -> gr.Blocks:
             gr.HTML(_header(), elem_id="qit-header", apply_default_css=False)
             file = album.file_button(t)
         clock, wanted = gr.Timer(TICK), gr.JSON(visible="hidden")
-        said = gr.HTML(elem_id="qit-said", apply_default_css=False)
+        said = gr.HTML(elem_id="qit-said", js_on_load=RETURNED, apply_default_css=False)
         with gr.Tabs(selected="create", elem_id="qit-tabs") as tabs:
-            kit = Kit(service, t, tabs, wanted, clock, made.load, said)
-            with gr.Tab(t("Create"), id="create", elem_id="qit-create"):
-                create.build(kit)
-            with gr.Tab(t("Queue"), id="queue", elem_id="qit-queue"):
-                queue.build(kit)
+            kit = Kit(service, t, tabs, wanted, clock, made.load, said.click, said)
+            with gr.Tab(t("Create"), id="create", elem_id="qit-create") as tab:
+                create.build(kit, tab)
+            with gr.Tab(t("Queue"), id="queue", elem_id="qit-queue") as tab:
+                queue.build(kit, tab)
             with gr.Tab(t("Gallery"), id="gallery", elem_id="qit-gallery"):
                 album.build(kit)
             with gr.Tab(t("Models"), id="models", elem_id="qit-models") as tab:
