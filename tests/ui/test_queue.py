@@ -82,6 +82,42 @@ def test_pause_and_resume(site: Site) -> None:
         visit.state("running")
 
 
+def test_nobody_asks_for_a_board_that_nobody_sees(site: Site) -> None:
+    with site.visit() as visit:
+        visit.go("Queue")
+        shown = asked_for(visit)
+        visit.go("Create")
+        [board] = shown - asked_for(visit)
+        visit.go("Queue")
+        assert board in asked_for(visit)
+        look_away(visit, "true")
+        assert board not in asked_for(visit)
+        look_away(visit, "false")
+        assert board in asked_for(visit)
+
+
+def asked_for(visit: Visit) -> set[int]:
+    """Numbers of the events that the page tells the server by itself, once it has settled."""
+    found: set[int] = set()
+
+    def asked(request: Any) -> None:
+        if request.url.endswith("/predict"):
+            found.add(request.post_data_json["fn_index"])
+
+    visit.page.wait_for_timeout(1200)
+    visit.page.on("request", asked)
+    visit.page.wait_for_timeout(1500)
+    visit.page.remove_listener("request", asked)
+    return found
+
+
+def look_away(visit: Visit, hidden: str) -> None:
+    visit.page.evaluate(
+        f"Object.defineProperty(document, 'hidden', {{value: {hidden}, configurable: true}});"
+        "document.dispatchEvent(new Event('visibilitychange'))"
+    )
+
+
 def test_a_button_that_comes_too_late_says_so(site: Site) -> None:
     with site.visit() as visit:
         submit(site, "very slow", steps=100)

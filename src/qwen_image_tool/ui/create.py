@@ -281,8 +281,9 @@ class Create:
         if "request" in wanted:
             return self._filled(Request.model_validate(wanted["request"]))
         model = self._model(wanted["model"])
-        changed = {"steps": model.sampling.steps, "cfg": model.sampling.cfg, "model": model.id}
-        return self._filled_with(replace(Form(*values), resolution=NATIVE, **changed), model)
+        steps, cfg = model.sampling.steps, model.sampling.cfg
+        form = replace(Form(*values), model=model.id, resolution=NATIVE, steps=steps, cfg=cfg)
+        return self._filled_with(form, model)
 
     def _unchanged(self) -> tuple[Any, ...]:
         return tuple(gr.skip() for _ in (*self._fields, self._pixels, self._settled))

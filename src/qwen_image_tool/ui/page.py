@@ -18,9 +18,9 @@ from qwen_image_tool.ui.theme import palette_css, theme
 from qwen_image_tool.ui.words import Words
 
 TICK = 0.5  # seconds
-RETURNED = """
-document.addEventListener('visibilitychange', () => { if (!document.hidden) trigger('click', {}); });
-"""
+RETURNED = """document.addEventListener(
+  'visibilitychange', () => { if (!document.hidden) trigger('click', {}); }
+);"""
 
 
 def build(service: Service, t: Words) -> FastAPI:
