@@ -192,7 +192,7 @@ def test_the_index_can_be_made_again_from_the_files(index: Index, tmp_path: Path
     assert index.sync(lambda done, total: told.append((done, total))).added == 4
     assert told[0] == (0, 4)
     before = index.search().pictures
-    again = Index(index.folder, tmp_path / "other.db", Trash(tmp_path / "trash"))
+    again = Index(index.folder, tmp_path / "other.db")
     again.sync()
     assert again.search().pictures == before
     again.close()
@@ -308,7 +308,7 @@ def test_a_deletion_can_be_undone_after_a_restart_but_not_for_ever(
     picture = index.add(save(index.folder, "fox"))
     picture = index.star(picture.id, True)
     index.delete([picture.id])
-    again = Index(index.folder, tmp_path / "other.db", Trash(tmp_path / "trash"))
+    again = Index(index.folder, tmp_path / "other.db", Trash(tmp_path / "trash again"))
     again.clean()
     assert again.deleted == (picture,)
     assert again.undo() == [picture.id]

@@ -216,9 +216,7 @@ def test_delete_says_what_it_frees(visit: Visit, home: Path) -> None:
     assert not (home / "models" / MODEL).exists()
 
 
-def test_a_licence_is_read_before_it_is_agreed_to(
-    visit: Visit, home: Path, hub: LocalHub
-) -> None:
+def test_a_licence_is_read_before_it_is_agreed_to(visit: Visit, home: Path, hub: LocalHub) -> None:
     name = "Qwen-Image-2.1"
     says(book(visit, name), "Not for commercial use")
     press(book(visit, name), re.compile("^Get: "))
