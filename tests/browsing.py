@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Locator, Page, expect
 
 from running import TOKEN
@@ -27,6 +28,20 @@ CHROMIUM = (
 )
 # Said by Chromium itself when a page that loads is left
 HARMLESS = re.compile(r"net::ERR_ABORTED")
+
+
+GRAVE = ("serious", "critical")  # what axe-core must not find
+
+
+def findings(page: Page) -> list[str]:
+    """What axe-core has against the page as it is."""
+    found: dict[str, Any] = Axe().run(page, options={"resultTypes": ["violations"]}).response
+    return [
+        f"{each['impact']}: {each['help']}: {node['html'][:200]} {node['target']}"
+        for each in found["violations"]
+        if each["impact"] in GRAVE
+        for node in each["nodes"]
+    ]
 
 
 class Visit:

@@ -136,8 +136,8 @@ class Jobs:
         self._change(
             job,
             "running",
-            "state = 'queued', started_at = NULL, again = again + ?, failure = ?, position = (SELECT"
-            " coalesce(min(position), 1) - 1 FROM jobs WHERE state = 'queued')",
+            "state = 'queued', started_at = NULL, again = again + ?, failure = ?, position ="
+            " (SELECT coalesce(min(position), 1) - 1 FROM jobs WHERE state = 'queued')",
             int(died),
             why and why.to_json(),
         )

@@ -10,10 +10,10 @@ import gradio as gr
 from fastapi import FastAPI
 
 from qwen_image_tool import __version__
+from qwen_image_tool.server.plain import logo, logo_file
 from qwen_image_tool.service import Service
 from qwen_image_tool.ui import album, create, models, queue, settings, system
 from qwen_image_tool.ui.kit import Kit
-from qwen_image_tool.ui.start import logo
 from qwen_image_tool.ui.theme import palette_css, theme
 from qwen_image_tool.ui.words import Words
 
@@ -37,7 +37,7 @@ def build(service: Service, t: Words) -> FastAPI:
         theme=theme(),
         css=palette_css() + (here / "page.css").read_text(encoding="utf-8"),
         head=_head(t, (here / "page.js").read_text(encoding="utf-8")),
-        favicon_path=str(here / "logo.svg"),
+        favicon_path=str(logo_file()),
         allowed_paths=[],
         max_file_size="64mb",
         ssr_mode=False,

@@ -6,9 +6,9 @@ import json
 import re
 from importlib.resources import files
 from importlib.resources.abc import Traversable
-from typing import Literal
 
-Language = Literal["en", "zh"]
+from qwen_image_tool.server.plain import Language
+
 _SENTENCE_ENDS = re.compile(r"(?<=[.!?]) (?=[A-Z`(])")
 
 
