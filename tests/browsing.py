@@ -85,6 +85,14 @@ class Visit:
     def go(self, tab: str) -> None:
         self.page.get_by_role("tab", name=tab, exact=True).click()
 
+    def look_away(self, away: bool = True) -> None:
+        """As if another tab of the browser came to the front, or this one again."""
+        self.page.evaluate(
+            "value => { Object.defineProperty(document, 'hidden', {value, configurable: true});"
+            " document.dispatchEvent(new Event('visibilitychange')); }",
+            away,
+        )
+
     # What is shown
 
     @property

@@ -164,19 +164,52 @@ def test_progress_and_cancel(site: Site) -> None:
         expect(visit.page.locator("#qit-cancel")).to_be_disabled()
 
 
-def test_a_reload_and_a_second_tab_change_nothing(site: Site) -> None:
+def test_a_reload_and_more_tabs_change_nothing(site: Site) -> None:
+    """More tabs than a browser opens connections to a host."""
     with site.visit() as visit:
-        generate(visit, "slow and seen by two", steps=120)
+        generate(visit, "very slow and seen by seven", steps=300)
         visit.sees(re.compile(r"Drawing: step"))
         job = visit.stage.get_attribute("data-job")
         visit.reload()
-        second = site.another(visit)
-        for one in (visit, second):
+        every = [visit, *(site.another(visit) for _ in range(6))]
+        for one in every:
             one.sees(re.compile(r"Drawing: step"))
             expect(one.stage).to_have_attribute("data-job", job or "")
-            expect(one.field("Prompt")).to_have_value("slow and seen by two")
-        for one in (visit, second):
-            one.state("done")
+            expect(one.field("Prompt")).to_have_value("very slow and seen by seven")
+        every[-1].press("Cancel")
+        for one in every:
+            one.state("cancelled")
+
+
+NOTIFICATIONS = """
+window.told = [];
+window.Notification = class {
+  static permission = 'default';
+  static async requestPermission() { return this.permission = 'granted'; }
+  constructor(title, options) { window.told.push([title, options.body]); }
+};
+"""
+
+
+def test_a_long_job_tells_when_it_has_ended(site: Site) -> None:
+    """Once the person has allowed it, and only where the page is not looked at."""
+    with site.visit() as visit:
+        visit.page.add_init_script(NOTIFICATIONS)
+        visit.reload()
+        generate(visit, "very slow to wait for", steps=900)
+        visit.press("Tell me when it is done")
+        expect(visit.page.get_by_role("button", name="Tell me when it is done")).to_be_hidden()
+        visit.press("Cancel")
+        visit.state("cancelled")
+        assert visit.page.evaluate("told") == []
+        visit.press("Again with another seed")
+        visit.state("running")
+        visit.look_away()
+        site.http.post(f"/api/jobs/{newest(site)['id']}/cancel")
+        visit.page.wait_for_function("told.length === 1")
+        [[title, body]] = visit.page.evaluate("told")
+        assert title == "QwenImageTool"
+        assert body == "Stopped. Pictures that were finished are kept."
 
 
 def test_a_worker_that_dies_is_told_and_the_job_goes_on(site: Site) -> None:

@@ -90,9 +90,9 @@ def test_nobody_asks_for_a_board_that_nobody_sees(site: Site) -> None:
         [board] = shown - asked_for(visit)
         visit.go("Queue")
         assert board in asked_for(visit)
-        look_away(visit, "true")
+        visit.look_away()
         assert board not in asked_for(visit)
-        look_away(visit, "false")
+        visit.look_away(False)
         assert board in asked_for(visit)
 
 
@@ -109,13 +109,6 @@ def asked_for(visit: Visit) -> set[int]:
     visit.page.wait_for_timeout(1500)
     visit.page.remove_listener("request", asked)
     return found
-
-
-def look_away(visit: Visit, hidden: str) -> None:
-    visit.page.evaluate(
-        f"Object.defineProperty(document, 'hidden', {{value: {hidden}, configurable: true}});"
-        "document.dispatchEvent(new Event('visibilitychange'))"
-    )
 
 
 def test_a_button_that_comes_too_late_says_so(site: Site) -> None:

@@ -5,6 +5,7 @@ import os
 import threading
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
@@ -18,9 +19,18 @@ from qwen_image_tool.ui.theme import palette_css, theme
 from qwen_image_tool.ui.words import Words
 
 TICK = 0.5  # seconds
+SESSIONS = 200  # tabs and reloads of them, whose state is kept
 RETURNED = """document.addEventListener(
   'visibilitychange', () => { if (!document.hidden) trigger('click', {}); }
 );"""
+
+
+class _Page(gr.Blocks):
+    """Without the connection that Gradio keeps open for each tab of a browser, to hear that it was
+    closed: a browser has six of them for all its tabs, and the sixth tab would stop every one."""
+
+    def get_config_file(self) -> Any:
+        return super().get_config_file() | {"connect_heartbeat": False}
 
 
 def build(service: Service, t: Words) -> FastAPI:
@@ -50,8 +60,9 @@ def build(service: Service, t: Words) -> FastAPI:
 
 def blocks(service: Service, t: Words) -> gr.Blocks:
     """All tabs. A tab is a module whose `build` is called inside of it."""
-    made: gr.Blocks
-    with gr.Blocks(title="QwenImageTool", analytics_enabled=False, fill_width=True) as made:
+    made = _Page(title="QwenImageTool", analytics_enabled=False, fill_width=True)
+    made.state_session_capacity = SESSIONS
+    with made:
         with gr.Row(elem_id="qit-top"):
             gr.HTML(_header(), elem_id="qit-header", apply_default_css=False)
             file = album.file_button(t)
@@ -97,7 +108,6 @@ def _head(t: Words, script: str) -> str:
         "gone": t(
             "QwenImageTool has ended, or can't be reached. Start it again; the queue is kept."
         ),
-        "done": t("Your picture is ready."),
         "drop": t("Drop a picture to read its settings"),
     }
     words = json.dumps(said).replace("<", "\\u003c")
