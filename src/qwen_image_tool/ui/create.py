@@ -14,6 +14,7 @@ from qwen_image_tool.errors import ToolError
 from qwen_image_tool.jobs import ENDED
 from qwen_image_tool.types import Request
 from qwen_image_tool.ui import welcome
+from qwen_image_tool.ui.detail import MODES, mode_text
 from qwen_image_tool.ui.form import NATIVE, Form, form_of, request_of, size_of, sizes_of
 from qwen_image_tool.ui.kit import Kit, picture_url, size_text
 from qwen_image_tool.ui.planbox import plan_box, refused_box, waiting_box
@@ -46,10 +47,17 @@ def _fields(kit: Kit) -> tuple[list[Any], gr.Textbox]:
     t = kit.t
     default = kit.service.app.catalog.find(kit.service.default_model())
     with gr.Row():
-        ratio = gr.Dropdown(list(RATIOS), value="1:1", label=t("Aspect Ratio"), min_width=110)
-        resolution = gr.Dropdown([NATIVE], value=NATIVE, label=t("Resolution"), min_width=110)
-        pixels = gr.Textbox(label=t("Size"), interactive=False, min_width=150, elem_id="qit-pixels")
+        ratio = gr.Dropdown(
+            list(RATIOS), value="1:1", label=t("Aspect Ratio"), min_width=110, scale=4
+        )
+        resolution = gr.Dropdown(
+            [NATIVE], value=NATIVE, label=t("Resolution"), min_width=110, scale=5
+        )
+        pixels = gr.Textbox(
+            label=t("Size"), interactive=False, min_width=170, scale=6, elem_id="qit-pixels"
+        )
     prompt = gr.Textbox(
+        "",
         label=t("Prompt"),
         placeholder=t("Say in a sentence what the picture shows."),
         lines=3,
@@ -57,7 +65,11 @@ def _fields(kit: Kit) -> tuple[list[Any], gr.Textbox]:
         elem_id="qit-prompt",
     )
     negative = gr.Textbox(
-        label=t("Negative prompt"), placeholder=t("What it should not show."), lines=1, max_lines=6
+        "",
+        label=t("Negative prompt"),
+        placeholder=t("What it should not show."),
+        lines=1,
+        max_lines=6,
     )
     model = gr.Dropdown(
         [(t.known(default.name), default.id)],
@@ -77,7 +89,7 @@ def _fields(kit: Kit) -> tuple[list[Any], gr.Textbox]:
     with gr.Accordion(t("Advanced"), open=False), gr.Row():
         steps = gr.Number(label=t("Steps"), minimum=1, maximum=1000, precision=0, min_width=90)
         cfg = gr.Number(label=t("True CFG scale"), minimum=1, maximum=50, step=0.5, min_width=90)
-        modes = [(t("Standard"), "default"), (t("Exact, as diffusers"), "exact")]
+        modes = [(mode_text(t, mode), mode) for mode in MODES]
         mode = gr.Dropdown(modes, value="default", label=t("Mode"), min_width=170)
 
     def last_seed() -> str:
