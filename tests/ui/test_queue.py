@@ -77,7 +77,7 @@ def test_pause_and_resume(site: Site) -> None:
         visit.sees("The queue is paused and the memory is free for other programs.")
         visit.go("Create")
         visit.state("queued")
-        expect(visit.stage).to_contain_text("The queue is paused and the memory is free")
+        expect(visit.stage).to_contain_text("The queue is paused.")
         visit.stage.get_by_role("button", name="Resume").click()
         visit.state("running")
 

@@ -179,7 +179,7 @@ def _why_waiting(t: Words, queue: QueueState) -> str:
     if queue.halted:
         return sentence(t, queue.halted.message)
     if queue.paused:
-        return t("The queue is paused and the memory is free for other programs.")
+        return t("The queue is paused.")
     return t("Waiting for the process that draws")
 
 
