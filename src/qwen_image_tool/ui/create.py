@@ -104,12 +104,13 @@ def _fields(kit: Kit) -> tuple[list[Any], gr.Textbox]:
 @dataclass(frozen=True)
 class Seen:
     """What a tab of the browser has been sent. `device`: whether it was known what this computer
-    can do; `over`: the last job that ended, and each transfer's state."""
+    can do; `over`: how many jobs and transfers have come to an end: with them, models are here and
+    times are known."""
 
     scene: Scene
     guide: welcome.Steps | None
     device: bool
-    over: tuple[str, ...]
+    over: tuple[int, int]
 
 
 class Create:
@@ -304,8 +305,7 @@ class Create:
 
     def _look(self, seen: Seen | None, *values: Any) -> tuple[Any, ...]:
         """What is new since `seen`; nothing is sent where nothing is."""
-        kit, service = self._kit, self._kit.service
-        now = Seen(scene(service), welcome.steps(service), service.knows_device, self._over())
+        kit, now = self._kit, self._now()
         if now == seen:
             return tuple(gr.skip() for _ in range(6))
         job = now.scene.job
@@ -315,12 +315,11 @@ class Create:
         model, plan = (gr.skip(), gr.skip()) if same else self._anew(*values)
         return stage(kit.t, now.scene), gr.Button(interactive=busy), guide, model, plan, now
 
-    def _over(self) -> tuple[str, ...]:
-        """What has come to an end: with it, models are here or gone, and times are known."""
-        service = self._kit.service
-        job = service.jobs.latest(ENDED, 1)
-        works = [f"{each.model} {each.action} {each.state}" for each in service.transfers.all()]
-        return (*(one.id for one in job), *works)
+    def _now(self) -> Seen:
+        service, shown = self._kit.service, scene(self._kit.service)
+        jobs = sum(shown.queue.counts[state] for state in ENDED)
+        over = jobs, service.transfers.ended
+        return Seen(shown, welcome.steps(service), service.knows_device, over)
 
     def _anew(self, *values: Any) -> tuple[Any, str]:
         """What changes under a form that nobody touches: which models are here, and the plan."""
