@@ -48,13 +48,13 @@ def _fields(kit: Kit) -> tuple[list[Any], gr.Textbox]:
     default = kit.service.app.catalog.find(kit.service.default_model())
     with gr.Row():
         ratio = gr.Dropdown(
-            list(RATIOS), value="1:1", label=t("Aspect Ratio"), min_width=110, scale=4
+            list(RATIOS), value="1:1", label=t("Aspect Ratio"), min_width=112, scale=3
         )
         resolution = gr.Dropdown(
-            [NATIVE], value=NATIVE, label=t("Resolution"), min_width=110, scale=5
+            [NATIVE], value=NATIVE, label=t("Resolution"), min_width=150, scale=5
         )
         pixels = gr.Textbox(
-            label=t("Size"), interactive=False, min_width=170, scale=6, elem_id="qit-pixels"
+            label=t("Size"), interactive=False, min_width=160, scale=5, elem_id="qit-pixels"
         )
     prompt = gr.Textbox(
         "",
@@ -84,8 +84,9 @@ def _fields(kit: Kit) -> tuple[list[Any], gr.Textbox]:
         seed = gr.Textbox(
             label=t("Seed"), placeholder=t("random"), max_lines=1, min_width=150, elem_id="qit-seed"
         )
-        random = gr.Button(t("Random seed"), min_width=0, size="sm")
-        reuse = gr.Button(t("Reuse last seed"), min_width=0, size="sm")
+        with gr.Row(elem_id="qit-seed-buttons"):
+            random = gr.Button(t("Random seed"), min_width=0, size="sm")
+            reuse = gr.Button(t("Reuse last seed"), min_width=0, size="sm")
     with gr.Accordion(t("Advanced"), open=False), gr.Row():
         steps = gr.Number(label=t("Steps"), minimum=1, maximum=1000, precision=0, min_width=90)
         cfg = gr.Number(label=t("True CFG scale"), minimum=1, maximum=50, step=0.5, min_width=90)
