@@ -293,6 +293,7 @@ def main() -> int:
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []])
     parser.add_argument("--write", action="store_true", help="the table into docs/benchmarks.md")
     arguments = parser.parse_args()
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # a user's Python keeps what it compiled
     load = f", load {os.getloadavg()[0]:.0f} before" if hasattr(os, "getloadavg") else ""
     report: dict[str, Any] = {
         "machine": f"{cpu_name()}, {cores()} cores, {platform.system()}{load}",

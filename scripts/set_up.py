@@ -77,7 +77,7 @@ def set_up(venv: Path, environ: Mapping[str, str], options: argparse.Namespace) 
 def install_packages(uv: str, venv: Path, environ: Mapping[str, str], *, dev: bool) -> None:
     say(f"installing the packages into {venv}")
     groups = ["--group", "dev"] if dev else ["--no-dev"]
-    sync = [uv, "sync", "--frozen", "--inexact", "--python", PYTHONS, *groups]
+    sync = [uv, "sync", "--frozen", "--inexact", "--compile-bytecode", "--python", PYTHONS, *groups]
     environ = {**environ, "UV_PROJECT_ENVIRONMENT": str(venv)}
     if any(name in environ for name in PIP_SETTINGS["index-url"]):
         install_through_mirror(uv, venv, environ, groups)

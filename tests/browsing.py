@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Locator, Page, expect
 
 from running import TOKEN
@@ -15,6 +16,7 @@ OPENS = 60_000  # milliseconds that Gradio may take to be there
 SOON = 15_000
 PHONE = {"width": 390, "height": 844}
 DESKTOP = {"width": 1280, "height": 900}
+LAPTOP = {"width": 1366, "height": 768}
 CHROMIUM = (
     "--no-sandbox",
     "--disable-gpu",
@@ -26,6 +28,20 @@ CHROMIUM = (
 )
 # Said by Chromium itself when a page that loads is left
 HARMLESS = re.compile(r"net::ERR_ABORTED")
+
+
+GRAVE = ("serious", "critical")  # what axe-core must not find
+
+
+def findings(page: Page) -> list[str]:
+    """What axe-core has against the page as it is."""
+    found: dict[str, Any] = Axe().run(page, options={"resultTypes": ["violations"]}).response
+    return [
+        f"{each['impact']}: {each['help']}: {node['html'][:200]} {node['target']}"
+        for each in found["violations"]
+        if each["impact"] in GRAVE
+        for node in each["nodes"]
+    ]
 
 
 class Visit:
@@ -68,6 +84,14 @@ class Visit:
 
     def go(self, tab: str) -> None:
         self.page.get_by_role("tab", name=tab, exact=True).click()
+
+    def look_away(self, away: bool = True) -> None:
+        """As if another tab of the browser came to the front, or this one again."""
+        self.page.evaluate(
+            "value => { Object.defineProperty(document, 'hidden', {value, configurable: true});"
+            " document.dispatchEvent(new Event('visibilitychange')); }",
+            away,
+        )
 
     # What is shown
 

@@ -179,6 +179,7 @@ def test_the_network_mode(tmp_path: Path) -> None:
                 client.post("/login", data={"password": "wrong"})
             slow = client.post("/login", data={"password": "correct horse"})
             assert slow.status_code == 429
+            assert "Too many wrong passwords: wait" in slow.text
             assert 0 < int(slow.headers["retry-after"]) <= 60
             evil = client.get("/api/queue", headers={"host": f"evil.example:{live.where.port}"})
             assert evil.status_code == 421

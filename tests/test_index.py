@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -333,19 +334,36 @@ def test_a_deletion_can_be_undone(index: Index, tmp_path: Path) -> None:
     assert index.undo() == [two.id], "only the last deletion"
 
 
-def test_undo_does_not_replace_a_file_and_ends_with_the_service(index: Index) -> None:
+def test_undo_does_not_replace_a_file(index: Index) -> None:
     picture = index.add(save(index.folder, "fox"))
     index.delete([picture.id])
     (index.folder / picture.file).write_bytes(b"another")
     with pytest.raises(ToolError, match="Restore it from the trash"):
         index.undo()
     assert (index.folder / picture.file).read_bytes() == b"another"
-    other = index.add(save(index.folder, "cat"))
-    index.delete([other.id])
-    assert list((index.folder / UNDO_FOLDER).iterdir())
-    index._deleted_at -= UNDO_SECONDS + 1
     assert index.deleted == ()
+
+
+def test_a_deletion_can_be_undone_after_a_restart_but_not_for_ever(
+    index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = index.add(save(index.folder, "fox"))
+    picture = index.star(picture.id, True)
+    index.delete([picture.id])
+    again = Index(index.folder, tmp_path / "other.db", Trash(tmp_path / "trash again"))
+    again.clean()
+    assert again.deleted == (picture,)
+    assert again.undo() == [picture.id]
+    assert again.get(picture.id) == picture
+    again.delete([picture.id])
+    later = time.time() + UNDO_SECONDS + 1
+    monkeypatch.setattr(time, "time", lambda: later)
+    last = Index(index.folder, tmp_path / "another.db")
+    last.clean()
+    assert last.deleted == ()
     assert not (index.folder / UNDO_FOLDER).exists()
+    again.close()
+    last.close()
 
 
 def test_undo_where_the_disk_has_no_links(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,7 +83,7 @@ def test_the_first_run_sets_up_and_the_second_only_starts(project: Project) -> N
     assert "installing the packages" in err
     assert project.run("plan", UV="/nonexistent") == (0, "<plan>", "")
     assert len(project.syncs()) == 1
-    assert "--frozen --inexact" in project.syncs()[0]
+    assert "--frozen --inexact --compile-bytecode" in project.syncs()[0]
     assert "--no-dev" in project.syncs()[0]
 
 

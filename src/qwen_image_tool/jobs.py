@@ -27,7 +27,8 @@ KEPT_JOBS = 20_000  # that have ended; older ones are forgotten when the program
 class Job(Value):
     """A request in the queue. Times are seconds since 1970, by this computer's clock.
 
-    `again`: how often it went back to the queue because a process died under it.
+    `again`: how often it went back to the queue because a process died under it. `failure`: why it
+    failed; before its end, why that process died, where that is known.
     """
 
     id: str
@@ -119,7 +120,9 @@ class Jobs:
         self._change(job, "running", "plan = ?", plan.to_json())
 
     def done(self, job: str, seconds: dict[PhaseName, float]) -> Job:
-        return self._end(job, ("running", "queued"), "done", "seconds = ?", json.dumps(seconds))
+        return self._end(
+            job, ("running", "queued"), "done", "failure = NULL, seconds = ?", json.dumps(seconds)
+        )
 
     def fail(self, job: str, failure: Failure) -> Job:
         return self._end(job, ("running", "queued"), "failed", "failure = ?", failure.to_json())
@@ -127,14 +130,16 @@ class Jobs:
     def cancel(self, job: str, states: tuple[State, ...] = ("queued",)) -> Job:
         return self._end(job, states, "cancelled", "failure = NULL")
 
-    def put_back(self, job: str, died: bool) -> Job:
-        """A running job goes back to the front of the queue. `died`: a process died under it."""
+    def put_back(self, job: str, died: bool, why: Failure | None = None) -> Job:
+        """A running job goes back to the front of the queue. `died`: a process died under it, for
+        the reason `why`, which is told until the job ends."""
         self._change(
             job,
             "running",
-            "state = 'queued', started_at = NULL, again = again + ?, position = (SELECT"
-            " coalesce(min(position), 1) - 1 FROM jobs WHERE state = 'queued')",
+            "state = 'queued', started_at = NULL, again = again + ?, failure = ?, position ="
+            " (SELECT coalesce(min(position), 1) - 1 FROM jobs WHERE state = 'queued')",
             int(died),
+            why and why.to_json(),
         )
         return self.get(job)
 

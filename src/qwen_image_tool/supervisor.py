@@ -297,7 +297,7 @@ class Supervisor:
         if failure.kind in FALL_BACK and job.again == 0 and not report.foreseen:
             self._skip[job.id] = current.plans
             self._end_worker()  # its end is the only sure way to have the memory back
-            return lambda: self._jobs.put_back(job.id, died=True)
+            return lambda: self._jobs.put_back(job.id, died=True, why=failure)
         return lambda: self._jobs.fail(job.id, failure)
 
     def _follow(self, current: _Current, worker: "WorkerProcess") -> Finished | Failed:

@@ -55,11 +55,13 @@ class Transfer(Value):
 
 
 class Transfers:
-    """`tell` is called with every change, from the thread that works."""
+    """`tell` is called with every change, from the thread that works. `ended` counts the works that
+    came to an end."""
 
     def __init__(self, library: Library, tell: Callable[[Transfer], None]) -> None:
         self._library, self._tell = library, tell
         self._lock = threading.Lock()
+        self.ended = 0
         self._all: dict[str, Transfer] = {}
         self._control: Control | None = None
         self._thread: threading.Thread | None = None
@@ -157,6 +159,7 @@ class Transfers:
         except Exception as error:  # noqa: BLE001  the thread's last word must not be silence
             change = {"state": "failed", "failure": Failure.from_table("other", f"({error})")}
         self._set(transfer.model, change)
+        self.ended += 1
 
     def _work(
         self,

@@ -33,8 +33,10 @@ def shots(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory, browser: Browser, shots: Path) -> Iterator[Site]:
     """`qit ui` in an empty home, over the fake worker; one for the tests of a module."""
-    with process(tmp_path_factory.mktemp("home"), "--no-browser", command="ui") as running:
+    home = tmp_path_factory.mktemp("home")
+    with process(home, "--no-browser", command="ui") as running:
         yield Site(running.url, running.http, running.child, browser, shots)
+    assert faults(home) == []
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +47,13 @@ def real_site(
     home = tmp_path_factory.mktemp("home")
     with process(home, "--no-browser", command="ui", fake=False) as running:
         yield Site(running.url, running.http, running.child, browser, shots)
+    assert faults(home) == []
+
+
+def faults(home: Path) -> list[str]:
+    """What went wrong in the page's own code, by the log."""
+    lines = (home / "logs" / "qit.log").read_text("utf-8").splitlines()
+    return [line for line in lines if "ERROR qwen_image_tool.ui" in line]
 
 
 @pytest.fixture

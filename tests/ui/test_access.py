@@ -4,12 +4,10 @@ import re
 from typing import Any
 
 import pytest
-from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import expect
 
-from browsing import DESKTOP, PHONE, Site, Visit
+from browsing import DESKTOP, PHONE, Site, Visit, findings
 
-GRAVE = ("serious", "critical")
 LOOKS: dict[str, dict[str, Any]] = {
     "light": {"color_scheme": "light", "viewport": DESKTOP},
     "dark-phone": {"color_scheme": "dark", "viewport": PHONE, "has_touch": True},
@@ -38,16 +36,6 @@ def show(visit: Visit, tab: str) -> None:
     visit.page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
 
 
-def findings(visit: Visit) -> list[str]:
-    found: dict[str, Any] = Axe().run(visit.page, options={"resultTypes": ["violations"]}).response
-    return [
-        f"{each['impact']}: {each['help']}: {node['html'][:200]} {node['target']}"
-        for each in found["violations"]
-        if each["impact"] in GRAVE
-        for node in each["nodes"]
-    ]
-
-
 @pytest.mark.usefixtures("calm")
 @pytest.mark.parametrize("look", LOOKS)
 def test_axe_finds_nothing_grave(site: Site, look: str) -> None:
@@ -60,7 +48,7 @@ def test_axe_finds_nothing_grave(site: Site, look: str) -> None:
         for tab in every:
             show(visit, tab)
             visit.shot(f"{tab.lower()}-{look}")
-            assert findings(visit) == [], tab
+            assert findings(visit.page) == [], tab
             assert visit.overflow() == 0, tab
 
 

@@ -26,7 +26,8 @@ A1111 = "a stone bridge\nNegative prompt: fog\nSteps: 7, Sampler: Euler, CFG sca
 
 def draw(folder: Path, name: str, prompt: str, colour: str = "red", **more: Any) -> str:
     """A picture, and its id. `more`: fields of its request."""
-    fields = {"model": "practice", "size": Size(96, 96), "steps": 2, "cfg": 3.0, "seed": 1} | more
+    fields = {"model": "practice", "size": Size(96, 96), "steps": 2, "cfg": 3.0, "seed": 1}
+    fields |= {"negative_prompt": " ", **more}  # as the practice model's requests are resolved
     request = Request(prompt=prompt, **fields)
     assert request.size
     image = Image.new("RGB", (request.size.width, request.size.height), colour)
@@ -102,6 +103,7 @@ def test_search_and_filters(site: Site, pictures: dict[str, str]) -> None:
         visit.sees("4 pictures")
         visit.write("Search", "帽子")
         expect(tiles(visit)).to_have_count(1)
+        visit.sees(re.compile("^1 picture ·"))
         visit.write("Search", "unicorn")
         visit.sees("No picture is like that.")
         visit.write("Search", "")
@@ -128,8 +130,9 @@ def test_a_picture_with_its_settings(site: Site, pictures: dict[str, str]) -> No
     with site.visit() as visit:
         album(visit)
         shown = look_at(visit, pictures["fox steps"])
-        for said in (FOX, "Steps", "9", "128x96", "practice"):
+        for said in (FOX, "Steps", "9", "128x96", "practice", "Standard"):
             expect(shown).to_contain_text(said)
+        expect(shown.locator("dl").first).not_to_contain_text("Negative prompt")
         visit.page.keyboard.press("s")
         expect(shown.get_by_role("button", name="★ Starred")).to_be_visible()
         visit.page.keyboard.press("ArrowRight")
@@ -398,8 +401,18 @@ def test_it_fits_and_is_seen(
 def test_in_chinese(site: Site, pictures: dict[str, str]) -> None:
     with site.visit(locale="zh-CN") as visit:
         visit.go("图库")
+        visit.write("搜索", "帽子")
+        visit.sees(re.compile("^1 张 ·"))
+        visit.write("搜索", "")
         look_at(visit, pictures["fox 1"])
+        expect(detail(visit, pictures["fox 1"])).to_contain_text("标准")
         visit.shot("gallery-chinese")
+        site.http.post("/api/gallery/delete", json={"ids": [pictures["cat"]]})
+        kept = site.http.get("/api/system").json()["folder"]
+        draw(Path(kept), NAMES[5], CAT, seed=4)
+        visit.press("返回")
+        visit.press("撤销")
+        visit.sees(re.compile(r"无法恢复 .*：已有同名文件。"))
         english = visit.page.evaluate(
             "[...document.querySelectorAll('#qit-picture :is(button, dt, h3), #qit-dropped')]"
             ".map(e => e.innerText.trim()).filter(t => /^[A-Za-z ]{4,}$/.test(t))"

@@ -4,9 +4,9 @@ import re
 from typing import Any
 
 import pytest
-from playwright.sync_api import expect
+from playwright.sync_api import Locator, expect
 
-from browsing import DESKTOP, PHONE, Site, Visit
+from browsing import DESKTOP, LAPTOP, PHONE, Site, Visit
 from qwen_image_tool.catalog.sizes import RATIOS, RESOLUTIONS, SIZES
 
 
@@ -164,25 +164,60 @@ def test_progress_and_cancel(site: Site) -> None:
         expect(visit.page.locator("#qit-cancel")).to_be_disabled()
 
 
-def test_a_reload_and_a_second_tab_change_nothing(site: Site) -> None:
+def test_a_reload_and_more_tabs_change_nothing(site: Site) -> None:
+    """More tabs than a browser opens connections to a host."""
     with site.visit() as visit:
-        generate(visit, "slow and seen by two", steps=120)
+        generate(visit, "very slow and seen by seven", steps=300)
         visit.sees(re.compile(r"Drawing: step"))
         job = visit.stage.get_attribute("data-job")
         visit.reload()
-        second = site.another(visit)
-        for one in (visit, second):
+        every = [visit, *(site.another(visit) for _ in range(6))]
+        for one in every:
             one.sees(re.compile(r"Drawing: step"))
             expect(one.stage).to_have_attribute("data-job", job or "")
-            expect(one.field("Prompt")).to_have_value("slow and seen by two")
-        for one in (visit, second):
-            one.state("done")
+            expect(one.field("Prompt")).to_have_value("very slow and seen by seven")
+        every[-1].press("Cancel")
+        for one in every:
+            one.state("cancelled")
+
+
+NOTIFICATIONS = """
+window.told = [];
+window.Notification = class {
+  static permission = 'default';
+  static async requestPermission() { return this.permission = 'granted'; }
+  constructor(title, options) { window.told.push([title, options.body]); }
+};
+"""
+
+
+def test_a_long_job_tells_when_it_has_ended(site: Site) -> None:
+    """Once the person has allowed it, and only where the page is not looked at."""
+    with site.visit() as visit:
+        visit.page.add_init_script(NOTIFICATIONS)
+        visit.reload()
+        generate(visit, "very slow to wait for", steps=900)
+        visit.press("Tell me when it is done")
+        expect(visit.page.get_by_role("button", name="Tell me when it is done")).to_be_hidden()
+        visit.press("Cancel")
+        visit.state("cancelled")
+        assert visit.page.evaluate("told") == []
+        visit.press("Again with another seed")
+        visit.state("running")
+        visit.look_away()
+        site.http.post(f"/api/jobs/{newest(site)['id']}/cancel")
+        visit.page.wait_for_function("told.length === 1")
+        [[title, body]] = visit.page.evaluate("told")
+        assert title == "QwenImageTool"
+        assert body == "Stopped. Pictures that were finished are kept."
 
 
 def test_a_worker_that_dies_is_told_and_the_job_goes_on(site: Site) -> None:
     with site.visit() as visit:
         generate(visit, "slow once signal 9", steps=40)
-        visit.sees("The process that draws died under this job. The job goes on by itself.")
+        why = r"The process that draws was ended from outside\. \(SIGKILL during \w+\)"
+        told = visit.stage.get_by_text(re.compile(rf"{why} The job goes on by itself\."))
+        expect(told).to_be_visible()
         visit.shot("worker-died")
         visit.state("done")
 
@@ -249,6 +284,38 @@ def test_it_fits_and_is_seen(site: Site, name: str, options: dict[str, Any]) -> 
         expect(visit.page.locator("#qit-board")).to_contain_text("Nothing waits.")
         visit.shot(f"queue-{name}")
         assert visit.overflow() == 0
+
+
+@pytest.mark.parametrize("window", [LAPTOP, PHONE])
+def test_shape_sentence_and_generate_are_seen_together(site: Site, window: Any) -> None:
+    with site.visit(viewport=window) as visit:
+        expect(visit.plan).to_contain_text("Memory")
+        if window == PHONE and visit.page.locator(".qit-guide").count():
+            visit.press("Close the walk-through")
+        for one in (visit.field("Resolution"), visit.field("Prompt"), *buttons(visit)):
+            expect(one).to_be_in_viewport(ratio=1)
+        visit.write("Prompt", "slow to watch")
+        visit.press("Generate")
+        visit.state("running")
+        expect(visit.stage.locator(".qit-frame").first).to_be_in_viewport()
+        visit.page.keyboard.press("Escape")
+        visit.state("cancelled")
+
+
+def buttons(visit: Visit) -> list[Locator]:
+    return visit.page.locator("#qit-go button").all()
+
+
+def test_the_badge_and_the_plan_are_as_things_are_now(site: Site) -> None:
+    """A job that ended tells what the next one takes."""
+    with site.visit() as visit:
+        visit.choose("Resolution", "Small")
+        before = visit.plan.inner_text()
+        generate(visit, "slow to be measured", steps=20)
+        visit.state("done")
+        visit.page.wait_for_function(
+            "said => document.querySelector('#qit-plan .qit-plan').innerText !== said", arg=before
+        )
 
 
 def test_in_chinese(site: Site) -> None:

@@ -6,6 +6,7 @@ import re
 import numpy as np
 from gradio_client import Client
 from PIL import Image
+from playwright.sync_api import expect
 
 from browsing import Site
 from running import BEARER
@@ -23,6 +24,10 @@ def test_first_run_to_the_first_picture(real_site: Site) -> None:
         picture = visit.stage.locator("img").get_attribute("src")
         assert colours(real_site.http.get(picture or "").content) >= {"red", "blue"}
         visit.shot("first-picture")
+        third = visit.page.locator(".qit-guide li").nth(2)
+        expect(third).to_contain_text("Get the real model for this computer")
+        third.get_by_role("button", name=re.compile("^Get Qwen-Image")).click()
+        expect(visit.page.locator(".qit-book.best")).to_be_focused()
 
 
 def test_the_same_through_gradio_client(real_site: Site) -> None:

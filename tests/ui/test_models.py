@@ -216,7 +216,7 @@ def test_delete_says_what_it_frees(visit: Visit, home: Path) -> None:
     assert not (home / "models" / MODEL).exists()
 
 
-def test_a_licence_is_read_before_it_is_agreed_to(visit: Visit, home: Path) -> None:
+def test_a_licence_is_read_before_it_is_agreed_to(visit: Visit, home: Path, hub: LocalHub) -> None:
     name = "Qwen-Image-2.1"
     says(book(visit, name), "Not for commercial use")
     press(book(visit, name), re.compile("^Get: "))
@@ -232,6 +232,18 @@ def test_a_licence_is_read_before_it_is_agreed_to(visit: Visit, home: Path) -> N
     expect(text).to_be_visible()
     agree = book(visit, name).get_by_role("button", name=re.compile("I have read it"))
     expect(agree).to_have_count(0)
+    press(book(visit, name), "Close")
+    hub.repos["Qwen/Qwen-Image-2.1"]["LICENSE"] = LICENCE + b"But not on Sundays.\n"
+    hub.commits["Qwen/Qwen-Image-2.1"] = "e" * 40
+    press(book(visit, name), "Update")
+    failed = book(visit, name).get_by_role("alert")
+    says(failed, re.compile(r"reads otherwise than when you agreed to it"))
+    says(failed, "Press “Read the licence”: the download goes on once you agree.")
+    press(failed, "Read the licence")
+    expect(text).to_contain_text("But not on Sundays.")
+    agree.click()
+    says(book(visit, name), "The download is complete.")
+    says(book(visit, name), "e" * 12)
 
 
 @pytest.mark.usefixtures("gone")
@@ -267,9 +279,24 @@ def test_a_file_of_another_program_is_used_where_it_lies(
 
 
 @pytest.mark.usefixtures("gone")
-def test_create_leads_to_the_model(visit: Visit) -> None:
-    visit.go("Create")
-    visit.choose("Model", "Qwen-Image  ·")
+def test_create_leads_to_the_model_and_back(visit: Visit, site: Site) -> None:
+    """A Create that nobody touches, in another tab, learns that the model is here."""
+    second = site.another(visit)
+    for one in (visit, second):
+        one.go("Create")
+        one.choose("Model", "Qwen-Image  ·")
+        expect(one.field("Model")).to_have_value(re.compile("to download"))
     visit.press("Get this model")
     expect(book(visit)).to_be_visible()
     expect(book(visit)).to_be_focused()
+    press(book(visit), re.compile("^Get: "))
+    says(book(visit), "The download is complete.")
+    expect(second.field("Model")).to_have_value(re.compile("^Qwen-Image  ·  ✓ on this computer$"))
+    expect(second.plan.get_by_role("button", name="Get this model")).to_have_count(0)
+    visit.go("Create")
+    visit.choose("Model", "Practice")
+    visit.write("Prompt", "a fox that stays")
+    visit.go("Models")
+    press(book(visit), "Draw with this model")
+    expect(visit.field("Model")).to_have_value(re.compile("^Qwen-Image  ·  ✓ on this computer$"))
+    expect(visit.field("Prompt")).to_have_value("a fox that stays")

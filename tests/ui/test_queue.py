@@ -77,11 +77,38 @@ def test_pause_and_resume(site: Site) -> None:
         visit.sees("The queue is paused and the memory is free for other programs.")
         visit.go("Create")
         visit.state("queued")
-        visit.sees("The queue is paused: resume it on the Queue tab.")
-        visit.go("Queue")
-        visit.press("Resume")
-        visit.go("Create")
+        expect(visit.stage).to_contain_text("The queue is paused.")
+        visit.stage.get_by_role("button", name="Resume").click()
         visit.state("running")
+
+
+def test_nobody_asks_for_a_board_that_nobody_sees(site: Site) -> None:
+    with site.visit() as visit:
+        visit.go("Queue")
+        shown = asked_for(visit)
+        visit.go("Create")
+        [board] = shown - asked_for(visit)
+        visit.go("Queue")
+        assert board in asked_for(visit)
+        visit.look_away()
+        assert board not in asked_for(visit)
+        visit.look_away(False)
+        assert board in asked_for(visit)
+
+
+def asked_for(visit: Visit) -> set[int]:
+    """Numbers of the events that the page tells the server by itself, once it has settled."""
+    found: set[int] = set()
+
+    def asked(request: Any) -> None:
+        if request.url.endswith("/predict"):
+            found.add(request.post_data_json["fn_index"])
+
+    visit.page.wait_for_timeout(1200)
+    visit.page.on("request", asked)
+    visit.page.wait_for_timeout(1500)
+    visit.page.remove_listener("request", asked)
+    return found
 
 
 def test_a_button_that_comes_too_late_says_so(site: Site) -> None:

@@ -4,11 +4,12 @@ import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Locator, expect
 
-from browsing import Site, Visit
+from browsing import OPENS, PHONE, Site, Visit, findings
 from qwen_image_tool.server.gate import Password
 from running import TOKEN, process
 
@@ -67,6 +68,33 @@ def test_what_is_declared_is_a_form_and_is_kept(site: Site, home: Path) -> None:
         visit.press("Save")
         visit.sees(re.compile(r"what was changed: Idle seconds\."))
         assert written(home) == {"lan": True}
+
+
+@pytest.mark.parametrize("look", ["en", "zh"])
+def test_the_gates_own_pages(site: Site, shots: Path, browser: Browser, look: str) -> None:
+    """Closed, a wrong password, the right one: in the page's look and the browser's language."""
+    options: dict[str, Any] = {"viewport": PHONE}
+    options["color_scheme"] = "dark" if look == "zh" else "light"
+    said = {
+        "en": ("Log in with the password", "That was not it.", "Log in"),
+        "zh": ("用密码登录", "密码不对。", "登录"),
+    }
+    link, wrong, button = said[look]
+    locale = {"en": "en-US", "zh": "zh-CN"}[look]
+    with browser.new_context(locale=locale, **options) as context:
+        page = context.new_page()
+        page.goto(f"{site.url}/?__t=of-the-last-start")
+        page.screenshot(path=shots / f"closed-{look}.png")
+        assert findings(page) == []
+        page.get_by_role("link", name=link).click()
+        page.keyboard.type("not this one")
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("alert")).to_have_text(wrong)
+        page.screenshot(path=shots / f"login-{look}.png")
+        assert findings(page) == []
+        page.locator("input").fill("long enough")
+        page.get_by_role("button", name=button).click()
+        page.wait_for_selector("#qit-tabs", timeout=OPENS)
 
 
 def test_the_network_and_other_programs(site: Site) -> None:

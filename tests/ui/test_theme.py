@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from qwen_image_tool.server.plain import PALETTE, plain_page
 from qwen_image_tool.ui import theme
-from qwen_image_tool.ui.theme import PALETTE
+from qwen_image_tool.ui.start import start_page
+from qwen_image_tool.ui.words import load_words
 
 TEXT = [
     *product(("ink", "soft", "accent"), ("paper", "card", "field", "sunk")),
@@ -36,6 +38,10 @@ def test_the_palette_is_the_only_place_with_colours() -> None:
     assert re.findall(r":[^;{]*#[0-9a-f]{3,8}\b", style) == []
     used = set(re.findall(r"var\(--qit-([a-z-]+)\)", style))
     assert used <= set(PALETTE)
+    for page in (plain_page("en", ""), start_page(load_words("en"))):
+        used = set(re.findall(r"var\(--([a-z-]+)\)", page))
+        assert used
+        assert used <= set(PALETTE)
 
 
 def contrast(one: str, other: str) -> float:

@@ -23,6 +23,7 @@ from pydantic import Field
 
 from qwen_image_tool.database import Database, migrations
 from qwen_image_tool.errors import BadRequest, NotOurPicture, ToolError, Unknown
+from qwen_image_tool.files import replace_file
 from qwen_image_tool.gallery import ImageInfo, read_image_info
 from qwen_image_tool.gallery.infotext import recalled
 from qwen_image_tool.types import Size, Value
@@ -96,6 +97,18 @@ class Changes(Value):
     gone: int = 0
 
 
+class Deletion(Value):
+    """The last one: what it took, and when, in seconds since 1970. Its files wait in UNDO_FOLDER,
+    it beside them, so that it can be undone after a restart too."""
+
+    at: float = 0.0
+    pictures: tuple[Picture, ...] = ()
+
+    @property
+    def is_old(self) -> bool:
+        return bool(self.pictures) and not 0 <= time.time() - self.at <= UNDO_SECONDS
+
+
 class Index:
     """The pictures below `folder`. `trash` takes a path to the system's waste basket. `version`
     counts what was changed since the start: where it is the same, so is every answer."""
@@ -111,8 +124,7 @@ class Index:
             with self.database.write() as write:
                 write.execute("UPDATE pictures SET changed = 0")
         self._late: dict[str, dict[str, Any]] = {}  # rows by id that the database did not take yet
-        self._deleted: list[tuple[Picture, Path]] = []  # the last deletion: with the files kept
-        self._deleted_at = 0.0
+        self._deletion = self._remembered()
         self._deleting = threading.RLock()
 
     def add(self, path: Path) -> Picture:
@@ -265,72 +277,98 @@ class Index:
         with self._deleting:
             all_found = [self.get(picture) for picture in dict.fromkeys(pictures)]
             self.forget_deleted()
-            for found in all_found:
-                self._delete(found)
+            put_away = list[Picture]()
+            try:
+                for found in all_found:
+                    path = self.folder / found.file
+                    if path.exists():
+                        self._put_away(found, path)
+                        put_away.append(found)
+                    self._forget([found.file])
+            finally:
+                self._remember(put_away)
             return [found.id for found in all_found]
 
-    def _delete(self, found: Picture) -> None:
-        path = self.folder / found.file
-        if path.exists():
-            kept = self._kept(found, path)
-            try:
-                self._trash(path)
-            except BaseException:
-                kept.unlink()
-                raise
-            self._deleted.append((found, kept))
-            self._deleted_at = time.monotonic()
-        self._forget([found.file])
+    def _put_away(self, picture: Picture, path: Path) -> None:
+        kept = self._keep(picture, path)
+        try:
+            self._trash(path)
+        except BaseException:
+            kept.unlink()
+            raise
 
     @property
     def deleted(self) -> tuple[Picture, ...]:
         """What `undo` would bring back."""
-        if self._deleted and time.monotonic() - self._deleted_at > UNDO_SECONDS:
+        if self._deletion.is_old:
             self.forget_deleted()
-        return tuple(picture for picture, _ in self._deleted)
+        return self._deletion.pictures
 
     def undo(self) -> list[str]:
         """Bring back what was deleted last, with its stars; the trash keeps its copies. Raises
         ToolError where a file can't be put back: it is in the trash."""
         with self._deleting:
-            return self._undo()
-
-    def _undo(self) -> list[str]:
-        back = []
-        while self._deleted:
-            picture, kept = self._deleted.pop()
-            path = self.folder / picture.file
+            back, left = list[str](), list(self.deleted)
             try:
-                if path.exists():
-                    raise FileExistsError("another file has its name")
-                path.parent.mkdir(parents=True, exist_ok=True)
-                kept.rename(path)
-            except OSError as error:
-                raise ToolError(
-                    f"{picture.file} can't be put back: {error}.", "Restore it from the trash."
-                ) from error
-            self.add(path)
-            self.star(picture.id, picture.star)
-            back.append(picture.id)
+                while left:
+                    self._put_back(picture := left.pop())
+                    back.append(picture.id)
+            finally:
+                self._remember(left)
         return back
+
+    def _put_back(self, picture: Picture) -> None:
+        path = self.folder / picture.file
+        try:
+            if path.exists():
+                raise FileExistsError("another file has its name")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._kept(picture).rename(path)
+        except OSError as error:
+            raise ToolError(
+                f"{picture.file} can't be put back: {error}.", "Restore it from the trash."
+            ) from error
+        self.add(path)
+        self.star(picture.id, picture.star)
 
     def forget_deleted(self) -> None:
         """What was deleted is in the trash alone from now on."""
         with self._deleting:
-            self._deleted.clear()
+            self._deletion = Deletion()
             shutil.rmtree(self.folder / UNDO_FOLDER, ignore_errors=True)
             self.version += 1
 
+    def _remember(self, deleted: Sequence[Picture]) -> None:
+        """Of the last deletion `deleted` can be undone from now on. Where that can't be written
+        down, it can be until the end of this process."""
+        if not deleted:
+            return self.forget_deleted()
+        self._deletion = Deletion(at=time.time(), pictures=tuple(deleted))
+        self.version += 1
+        try:
+            replace_file(self._note, self._deletion.to_json().encode())
+        except OSError as error:
+            _log.warning("%s can't be written: %s", self._note, error)
+
+    def _remembered(self) -> Deletion:
+        with contextlib.suppress(OSError, ValueError):
+            return Deletion.from_json(self._note.read_bytes())
+        return Deletion()
+
+    @property
+    def _note(self) -> Path:
+        return self.folder / UNDO_FOLDER / "deleted.json"
+
     def clean(self) -> None:
         """Remove temporary files whose writer died, and what can't be undone any more."""
-        self.forget_deleted()
+        if not self.deleted:
+            self.forget_deleted()
         for path in self.folder.glob(".*.part"):
             with contextlib.suppress(OSError):
                 if time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
                     path.unlink()
 
     def close(self) -> None:
-        self.forget_deleted()
         self.database.close()
 
     def _rows(
@@ -351,9 +389,12 @@ class Index:
             yield write
         self.version += 1
 
-    def _kept(self, picture: Picture, path: Path) -> Path:
+    def _kept(self, picture: Picture) -> Path:
+        return self.folder / UNDO_FOLDER / f"{picture.id}{Path(picture.file).suffix}"
+
+    def _keep(self, picture: Picture, path: Path) -> Path:
         """The file a second time, where `_files` does not look: a link where the disk has links."""
-        kept = self.folder / UNDO_FOLDER / f"{picture.id}{path.suffix}"
+        kept = self._kept(picture)
         kept.parent.mkdir(exist_ok=True)
         kept.unlink(missing_ok=True)
         try:

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
+from starlette.responses import JSONResponse, RedirectResponse, Response
 
 from qwen_image_tool.errors import BadRequest, NotWritten, ToolError
 from qwen_image_tool.files import replace_file
+from qwen_image_tool.server.plain import closed, language_of
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -54,7 +55,7 @@ POLICY = (
 PROTECTION = {
     "content-security-policy": POLICY,
     "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
+    "referrer-policy": "same-origin",  # with none at all browsers hide the login form's Origin
     "cross-origin-resource-policy": "same-origin",
 }
 
@@ -142,6 +143,10 @@ class Access:
         self._passwords = Tries("passwords", clock)
         self._tokens = Tries("tokens", clock)
         self._one_at_a_time = threading.Lock()  # a try costs time and 64 MiB
+
+    @property
+    def takes_password(self) -> bool:
+        return self._password is not None
 
     def signature(self, path: str) -> str:
         """What lets a client without the token GET `path`, as long as this server runs."""
@@ -253,7 +258,8 @@ class Gate:
         if path == "/" and (given := query.get("__t")):
             if self._access.opens(address, given[0]):
                 return self.welcome(RedirectResponse("/", 303), self._access.token)
-            return _problem(401, "invalid_api_key", "The token is not the one of this start.")
+            wrong = "The token is not the one of this start."
+            return self._closed(scope, headers) or _problem(401, "invalid_api_key", wrong)
         if path in OPEN or any(self._access.opens(address, each) for each in self._given(headers)):
             return None
         key = query.get("key", [""])[0]
@@ -261,10 +267,14 @@ class Gate:
             key.encode(), self._access.signature(path).encode()
         ):
             return None
-        if "text/html" in headers.get("accept", "") and scope["method"] in SAFE:
-            return HTMLResponse(_CLOSED, 401)
         missing = "The token is missing or wrong: `qit token` prints it."
-        return _problem(401, "invalid_api_key", missing)
+        return self._closed(scope, headers) or _problem(401, "invalid_api_key", missing)
+
+    def _closed(self, scope: "Scope", headers: Headers) -> Response | None:
+        """For a person; None for a program."""
+        if "text/html" in headers.get("accept", "") and scope["method"] in SAFE:
+            return closed(language_of(headers), self._access.takes_password)
+        return None
 
     def welcome(self, answer: Response, key: str) -> Response:
         """The answer, with the cookie that opens the gate from now on."""
@@ -351,10 +361,3 @@ def _problem(status: int, code: str, message: str) -> JSONResponse:
     kind = "invalid_request_error"
     error: dict[str, Any] = {"message": message, "type": kind, "param": None, "code": code}
     return JSONResponse({"error": error, "detail": message}, status)
-
-
-_CLOSED = """<!doctype html><meta charset="utf-8"><title>QwenImageTool</title>
-<h1>QwenImageTool</h1>
-<p>This page opens with the address that QwenImageTool printed when it started;
-<code>qit token</code> prints it again.</p>
-<p>On another computer: <a href="/login">log in with the password</a>.</p>"""

@@ -28,10 +28,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from qwen_image_tool import __version__
 from qwen_image_tool.errors import BadRequest, NotWritten, Unknown
 from qwen_image_tool.files import replace_file
+from qwen_image_tool.server import plain
 from qwen_image_tool.server.a1111 import a1111
 from qwen_image_tool.server.answers import explain_errors
 from qwen_image_tool.server.api import Here, api
-from qwen_image_tool.server.gate import TOKEN_BYTES, Access, Gate, Password
+from qwen_image_tool.server.gate import TOKEN_BYTES, Access, Gate, Password, TooManyTries
 from qwen_image_tool.server.hub import Hub
 from qwen_image_tool.server.mcp import Mounted
 from qwen_image_tool.server.openai import openai
@@ -363,15 +364,19 @@ def _add_own_routes(app: FastAPI) -> None:
         return HTMLResponse(_reference(app.openapi()))
 
     @app.get("/login", include_in_schema=False)
-    def login_page() -> HTMLResponse:
-        return HTMLResponse(_LOGIN)
+    def login_page(http: HttpRequest) -> Response:
+        return plain.login(plain.language_of(http.headers))
 
     @app.post("/login", include_in_schema=False)
     def login(http: HttpRequest, password: str = Form(default="", max_length=1000)) -> Response:
         access, gate = http.app.state.access, http.app.state.gate
-        session = access.log_in(http.client.host if http.client else "", password)
+        language = plain.language_of(http.headers)
+        try:
+            session = access.log_in(http.client.host if http.client else "", password)
+        except TooManyTries as error:
+            return plain.login(language, seconds=error.seconds)
         if session is None:
-            return HTMLResponse(_LOGIN.replace("<!---->", "<p>That was not it.</p>"), 401)
+            return plain.login(language, wrong=True)
         answer: Response = gate.welcome(RedirectResponse("/", 303), session)
         return answer
 
@@ -393,11 +398,3 @@ def _reference(document: dict[str, Any]) -> str:
 def ready_line(where: Running) -> str:
     """For the program that started us."""
     return json.dumps({"event": "ready", "port": where.port, "url": where.url})
-
-
-_LOGIN = """<!doctype html><meta charset="utf-8"><title>QwenImageTool</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<h1>QwenImageTool</h1><!---->
-<form method="post" action="/login">
-<label>Password <input type="password" name="password" autofocus></label>
-<button>Log in</button></form>"""

@@ -240,7 +240,10 @@ class Album:
     def _models(self) -> gr.Dropdown:
         """Those that pictures were made by."""
         known = self._kit.service.index.models()
-        names = {model.id: model.name for model in self._kit.service.app.catalog.models}
+        names = {
+            model.id: self._kit.t.known(model.name)
+            for model in self._kit.service.app.catalog.models
+        }
         made = [(f"{names.get(one, one)} ({n:,})", one) for one, n in known.items() if one]
         return gr.Dropdown([(self._kit.t("All"), ""), *made])
 

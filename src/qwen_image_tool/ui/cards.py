@@ -17,7 +17,7 @@ from qwen_image_tool.ui.kit import (
     text,
     time_text,
 )
-from qwen_image_tool.ui.shelf import Book, Question, Shelf
+from qwen_image_tool.ui.shelf import ACTIONS, Book, Question, Shelf
 from qwen_image_tool.ui.words import Words
 
 SHORT = 12  # digits of a commit that are shown
@@ -100,7 +100,7 @@ def _head(t: Words, book: Book, is_best: bool) -> str:
     }
     does = " · ".join(tasks[task] for task in book.model.tasks)
     return (
-        f'<header><h3 id="qit-book-{text(book.model.id)}">{text(book.model.name)}</h3>'
+        f'<header><h3 id="qit-book-{text(book.model.id)}">{text(t.known(book.model.name))}</h3>'
         f'<span class="soft">{text(does)}</span>{"".join(marks)}</header>'
     )
 
@@ -146,7 +146,7 @@ def _work(t: Words, book: Book) -> str:
     if transfer.state in ("running", "paused"):
         return _progress(t, transfer)
     if transfer.failure:
-        return failure_card(t, transfer.failure, _remedy(t, book, transfer, transfer.failure))
+        return _failed(t, book, transfer, transfer.failure)
     return _ended(t, book, transfer)
 
 
@@ -206,10 +206,20 @@ def _ended(t: Words, book: Book, transfer: Transfer) -> str:
     return f'<div class="qit-work"><p class="good">✓ {text(said)}</p>{_notes(t, transfer)}</div>'
 
 
+def _failed(t: Words, book: Book, transfer: Transfer, failure: Failure) -> str:
+    if failure.kind == "request" and not book.licence.commercial:  # its words have changed
+        read = _do(t("Read the licence"), "licence", book, "primary", then=_button_of(transfer))
+        hint = t("Press “Read the licence”: the download goes on once you agree.")
+        return failure_card(t, failure.model_copy(update={"hint": hint}), read)
+    return failure_card(t, failure, _remedy(t, book, transfer, failure))
+
+
+def _button_of(transfer: Transfer) -> str:
+    return next(do for do, action in ACTIONS.items() if action == transfer.action)
+
+
 def _remedy(t: Words, book: Book, transfer: Transfer, failure: Failure) -> str:
     """The button that fits what went wrong."""
-    if failure.kind == "request" and not book.licence.commercial:
-        return _do(t("Read the licence"), "licence", book, then="get")
     if failure.kind in ("broken file", "wrong component"):
         return _do(t("Repair"), "repair", book)
     if failure.kind == "missing file":
@@ -231,8 +241,10 @@ def _buttons(t: Words, book: Book, is_best: bool, asked: Question | None) -> str
     if transfer and transfer.state == "paused":
         resume = _do(t("Resume"), "go-on", book, "primary")
         return row(resume + _do(t("Delete"), "ask-remove", book, "cancel"))
+    if book.row["state"] == "ready" and not book.model.unsupported:
+        return row(_do(t("Draw with this model"), "use", book))
     failed = transfer is not None and transfer.failure is not None
-    if book.row["state"] == "ready" or book.model.unsupported or not book.model.repo or failed:
+    if book.model.unsupported or not book.model.repo or failed:
         return ""
     size = size_text(book.row["to_fetch"])
     if _is_begun(book):

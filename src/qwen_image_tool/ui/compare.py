@@ -47,7 +47,7 @@ def _differences(t: Words, requests: Sequence[Request]) -> str:
     every = [settings(request) for request in requests]
     rows = "".join(
         f'<tr><th scope="row">{text(setting_name(t, name))}</th>'
-        + "".join(f"<td>{text(setting_text(one.get(name)))}</td>" for one in every)
+        + "".join(f"<td>{text(setting_text(t, name, one.get(name)))}</td>" for one in every)
         + "</tr>"
         for name in differing(requests)
     )
@@ -62,9 +62,9 @@ def table_html(t: Words, entries: Sequence[Entry], x: str, y: str) -> str:
     apart = differing([entry.request for entry in entries])
     x, y = _axes(apart, x, y)
     columns, rows = _values(entries, x), _values(entries, y)
-    heads = "".join(f'<th scope="col">{text(setting_text(value))}</th>' for value in columns)
+    heads = "".join(f'<th scope="col">{text(setting_text(t, x, value))}</th>' for value in columns)
     lines = "".join(
-        f'<tr><th scope="row">{text(setting_text(value)) if y else ""}</th>'
+        f'<tr><th scope="row">{text(setting_text(t, y, value)) if y else ""}</th>'
         + "".join(f"<td>{_cell(t, _at(entries, {x: column, y: value}))}</td>" for column in columns)
         + "</tr>"
         for value in rows

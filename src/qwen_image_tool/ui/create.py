@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import gradio as gr
@@ -11,8 +11,10 @@ from qwen_image_tool.app import SEEDS
 from qwen_image_tool.catalog import Model
 from qwen_image_tool.catalog.sizes import RATIOS, RESOLUTIONS
 from qwen_image_tool.errors import ToolError
+from qwen_image_tool.jobs import ENDED
 from qwen_image_tool.types import Request
 from qwen_image_tool.ui import welcome
+from qwen_image_tool.ui.detail import MODES, mode_text
 from qwen_image_tool.ui.form import NATIVE, Form, form_of, request_of, size_of, sizes_of
 from qwen_image_tool.ui.kit import Kit, picture_url, size_text
 from qwen_image_tool.ui.planbox import plan_box, refused_box, waiting_box
@@ -23,7 +25,7 @@ LAST_JOBS = 20  # among which the page's last one is looked for
 LOOK_SECONDS = 0.2  # between two looks at a job that a program waits for
 
 
-def build(kit: Kit) -> None:
+def build(kit: Kit, tab: gr.Tab) -> None:
     t = kit.t
     guide = kit.html(elem_id="qit-welcome")
     with gr.Row(equal_height=False, elem_classes="qit-columns"):
@@ -37,7 +39,7 @@ def build(kit: Kit) -> None:
                 )
         with gr.Column(scale=7, min_width=320):
             show = kit.html(elem_id="qit-stage")
-    Create(kit, fields, pixels).wire(plan, go, stop, guide, show)
+    Create(kit, fields, pixels).wire(tab, plan, go, stop, guide, show)
 
 
 def _fields(kit: Kit) -> tuple[list[Any], gr.Textbox]:
@@ -45,36 +47,50 @@ def _fields(kit: Kit) -> tuple[list[Any], gr.Textbox]:
     t = kit.t
     default = kit.service.app.catalog.find(kit.service.default_model())
     with gr.Row():
-        ratio = gr.Dropdown(list(RATIOS), value="1:1", label=t("Aspect Ratio"), min_width=110)
-        resolution = gr.Dropdown([NATIVE], value=NATIVE, label=t("Resolution"), min_width=110)
-        pixels = gr.Textbox(label=t("Size"), interactive=False, min_width=150, elem_id="qit-pixels")
+        ratio = gr.Dropdown(
+            list(RATIOS), value="1:1", label=t("Aspect Ratio"), min_width=112, scale=3
+        )
+        resolution = gr.Dropdown(
+            [NATIVE], value=NATIVE, label=t("Resolution"), min_width=150, scale=5
+        )
+        pixels = gr.Textbox(
+            label=t("Size"), interactive=False, min_width=160, scale=5, elem_id="qit-pixels"
+        )
     prompt = gr.Textbox(
+        "",
         label=t("Prompt"),
         placeholder=t("Say in a sentence what the picture shows."),
-        lines=4,
+        lines=3,
         max_lines=12,
         elem_id="qit-prompt",
     )
     negative = gr.Textbox(
-        label=t("Negative prompt"), placeholder=t("What it should not show."), lines=1, max_lines=6
+        "",
+        label=t("Negative prompt"),
+        placeholder=t("What it should not show."),
+        lines=1,
+        max_lines=6,
     )
     model = gr.Dropdown(
-        [(default.name, default.id)], value=default.id, label=t("Model"), elem_id="qit-model"
+        [(t.known(default.name), default.id)],
+        value=default.id,
+        label=t("Model"),
+        elem_id="qit-model",
     )
-    with gr.Row():
+    with gr.Row(elem_id="qit-seeds"):
         images = gr.Number(
-            1, label=t("Pictures"), minimum=1, maximum=100, precision=0, min_width=90
+            1, label=t("Pictures"), minimum=1, maximum=100, precision=0, min_width=80
         )
         seed = gr.Textbox(
             label=t("Seed"), placeholder=t("random"), max_lines=1, min_width=150, elem_id="qit-seed"
         )
-    with gr.Row(elem_id="qit-seeds"):
-        random = gr.Button(t("Random seed"), min_width=100, size="sm")
-        reuse = gr.Button(t("Reuse last seed"), min_width=100, size="sm")
+        with gr.Row(elem_id="qit-seed-buttons"):
+            random = gr.Button(t("Random seed"), min_width=0, size="sm")
+            reuse = gr.Button(t("Reuse last seed"), min_width=0, size="sm")
     with gr.Accordion(t("Advanced"), open=False), gr.Row():
         steps = gr.Number(label=t("Steps"), minimum=1, maximum=1000, precision=0, min_width=90)
         cfg = gr.Number(label=t("True CFG scale"), minimum=1, maximum=50, step=0.5, min_width=90)
-        modes = [(t("Standard"), "default"), (t("Exact, as diffusers"), "exact")]
+        modes = [(mode_text(t, mode), mode) for mode in MODES]
         mode = gr.Dropdown(modes, value="default", label=t("Mode"), min_width=170)
 
     def last_seed() -> str:
@@ -89,11 +105,13 @@ def _fields(kit: Kit) -> tuple[list[Any], gr.Textbox]:
 @dataclass(frozen=True)
 class Seen:
     """What a tab of the browser has been sent. `device`: whether it was known what this computer
-    can do."""
+    can do; `over`: how many jobs and transfers have come to an end: with them, models are here and
+    times are known."""
 
     scene: Scene
     guide: welcome.Steps | None
     device: bool
+    over: tuple[int, int]
 
 
 class Create:
@@ -104,7 +122,13 @@ class Create:
         self._settled = gr.State()  # the model whose steps and CFG the form has
 
     def wire(
-        self, plan: gr.HTML, go: gr.Button, stop: gr.Button, guide: gr.HTML, show: gr.HTML
+        self,
+        tab: gr.Tab,
+        plan: gr.HTML,
+        go: gr.Button,
+        stop: gr.Button,
+        guide: gr.HTML,
+        show: gr.HTML,
     ) -> None:
         kit, fields = self._kit, self._fields
         ratio, resolution, _, _, model, _, _, steps, cfg, _ = fields
@@ -124,9 +148,10 @@ class Create:
         kit.on_act(plan, self._settle, fields, [kit.tabs, kit.wanted])
         kit.on_act(show, self._act, outputs=[*whole, kit.tabs, kit.wanted])
         kit.on_act(guide, self._guided, outputs=[*whole, kit.tabs, kit.wanted])
-        stage_parts = [show, stop, guide, plan, seen]
+        stage_parts = [show, stop, guide, model, plan, seen]
         kit.on([kit.opened, kit.clock.tick], self._look, [seen, *fields], stage_parts)
-        kit.on_wanted("create", self._wanted, whole)
+        kit.on(tab.select, self._anew, fields, [model, plan])
+        kit.on_wanted("create", self._wanted, whole, fields)
         opened = kit.on(kit.opened, self._open, outputs=whole)
         opened.then(None, js="() => document.body.classList.add('qit-open')")
         gr.api(self.generate, api_name="generate", concurrency_limit=None)
@@ -144,7 +169,9 @@ class Create:
     def _filled(self, request: Request) -> tuple[Any, ...]:
         """The form that asks for a request, as updates of its components."""
         model = self._model(request.model)
-        form = form_of(request, model)
+        return self._filled_with(form_of(request, model), model)
+
+    def _filled_with(self, form: Form, model: Model) -> tuple[Any, ...]:
         values = list(form.values())
         values[1] = self._resolutions(form.ratio, form.resolution, model)
         values[4] = gr.Dropdown(self._models(), value=form.model)
@@ -157,7 +184,9 @@ class Create:
         """The models that this version runs, each with whether it is here."""
         app = self._kit.service.app
         known = [app.describe(model) for model in app.catalog.models if not model.unsupported]
-        return [(f"{one['name']}  ·  {self._badge(one)}", one["id"]) for one in known]
+        return [
+            (f"{self._kit.t.known(one['name'])}  ·  {self._badge(one)}", one["id"]) for one in known
+        ]
 
     def _badge(self, model: dict[str, Any]) -> str:
         if model["state"] == "ready":
@@ -239,6 +268,8 @@ class Create:
                 service.repeat(act["job"], secrets.randbelow(SEEDS), ORIGIN)
             case "retry":
                 service.repeat(act["job"], origin=ORIGIN)
+            case "resume":
+                service.supervisor.resume()
             case "restore":
                 return (*self._filled(service.jobs.get(act["job"]).request), gr.skip(), gr.skip())
             case "open":
@@ -258,9 +289,15 @@ class Create:
                 self._kit.service.remember(welcomed=True)
         return (*self._unchanged(), gr.skip(), gr.skip())
 
-    def _wanted(self, wanted: dict[str, Any]) -> tuple[Any, ...]:
-        """Another tab's settings in the form; its `request` is the JSON of a Request."""
-        return self._filled(Request.model_validate(wanted["request"]))
+    def _wanted(self, wanted: dict[str, Any], *values: Any) -> tuple[Any, ...]:
+        """Another tab's settings in the form: `request`, the JSON of a Request, or a `model` in the
+        place of the form's own."""
+        if "request" in wanted:
+            return self._filled(Request.model_validate(wanted["request"]))
+        model = self._model(wanted["model"])
+        steps, cfg = model.sampling.steps, model.sampling.cfg
+        form = replace(Form(*values), model=model.id, resolution=NATIVE, steps=steps, cfg=cfg)
+        return self._filled_with(form, model)
 
     def _unchanged(self) -> tuple[Any, ...]:
         return tuple(gr.skip() for _ in (*self._fields, self._pixels, self._settled))
@@ -269,16 +306,25 @@ class Create:
 
     def _look(self, seen: Seen | None, *values: Any) -> tuple[Any, ...]:
         """What is new since `seen`; nothing is sent where nothing is."""
-        kit, service = self._kit, self._kit.service
-        now = Seen(scene(service), welcome.steps(service), service.knows_device)
+        kit, now = self._kit, self._now()
         if now == seen:
-            return tuple(gr.skip() for _ in range(5))
+            return tuple(gr.skip() for _ in range(6))
         job = now.scene.job
         busy = job is not None and not job.has_ended
         guide = welcome.guide(kit.t, now.guide) if now.guide else ""
-        learnt = now.device and not (seen and seen.device)
-        plan = self._plan(*values) if learnt else gr.skip()
-        return stage(kit.t, now.scene), gr.Button(interactive=busy), guide, plan, now
+        same = seen and (seen.device, seen.over) == (now.device, now.over)
+        model, plan = (gr.skip(), gr.skip()) if same else self._anew(*values)
+        return stage(kit.t, now.scene), gr.Button(interactive=busy), guide, model, plan, now
+
+    def _now(self) -> Seen:
+        service, shown = self._kit.service, scene(self._kit.service)
+        jobs = sum(shown.queue.counts[state] for state in ENDED)
+        over = jobs, service.transfers.ended
+        return Seen(shown, welcome.steps(service), service.knows_device, over)
+
+    def _anew(self, *values: Any) -> tuple[Any, str]:
+        """What changes under a form that nobody touches: which models are here, and the plan."""
+        return gr.Dropdown(self._models()), self._plan(*values)
 
     # For programs
 

@@ -3,15 +3,16 @@
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from qwen_image_tool.gallery import ImageInfo
 from qwen_image_tool.gallery.index import Picture
 from qwen_image_tool.gallery.series import VARIED
-from qwen_image_tool.types import Request
+from qwen_image_tool.types import Mode, Request
 from qwen_image_tool.ui.kit import button, picture_url, sentence, size_text, text
 from qwen_image_tool.ui.words import Words
 
+MODES = get_args(Mode)
 OFFERED = {"png": "PNG", "jpeg": "JPEG", "webp": "WebP"}
 
 
@@ -52,8 +53,14 @@ def setting_name(t: Words, name: str) -> str:
     }.get(name, name)
 
 
-def setting_text(value: object) -> str:
-    """A setting's value; a dash where there is none."""
+def mode_text(t: Words, mode: str) -> str:
+    return t("Exact, as diffusers") if mode == "exact" else t("Standard")
+
+
+def setting_text(t: Words, name: str, value: object) -> str:
+    """A setting's value, as the form calls it; a dash where there is none."""
+    if name == "mode":
+        return mode_text(t, str(value))
     return "–" if value in (None, "") else f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -152,9 +159,9 @@ def _note(t: Words, note: str) -> str:
 def _of_request(t: Words, request: Request) -> list[tuple[str, str]]:
     values = request.model_dump(mode="json")
     return [
-        (setting_name(t, name), setting_text(values[name]))
+        (setting_name(t, name), setting_text(t, name, values[name]))
         for name in VARIED
-        if name != "prompt" and values[name] not in (None, "")
+        if name != "prompt" and values[name] is not None and str(values[name]).strip()
     ]
 
 

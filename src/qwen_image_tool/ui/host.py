@@ -6,23 +6,23 @@ Importing Gradio takes seconds, so it happens in a thread, at the first request 
 
 import asyncio
 import contextlib
+import gc
 import logging
-from http.cookies import CookieError, SimpleCookie
 from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers
 from starlette.responses import HTMLResponse, JSONResponse
 
+from qwen_image_tool.server.plain import Language, language_of
 from qwen_image_tool.service import Service
 from qwen_image_tool.ui.start import READY_PATH, start_page
-from qwen_image_tool.ui.words import Language, load_words
+from qwen_image_tool.ui.words import load_words
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
     from starlette.types import Receive, Scope, Send
 
 PATIENCE = 20.0  # seconds that one question whether the page is ready may wait
-LANGUAGE_COOKIE = "qit_language"
 _log = logging.getLogger(__name__)
 
 
@@ -46,7 +46,7 @@ class Page:
         await self._lives.aclose()
 
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
-        language = _language(Headers(scope=scope))
+        language = language_of(Headers(scope=scope))
         loading = self._app(language)
         if scope["path"] == READY_PATH:
             await (await _readiness(loading))(scope, receive, send)
@@ -75,22 +75,16 @@ class Page:
 
 
 def _build(service: Service, language: Language) -> "FastAPI":
-    from qwen_image_tool.ui.page import build
+    gc.disable()  # an import makes no garbage, and looking for it takes a tenth of its time
+    try:
+        from qwen_image_tool.ui.page import build
 
-    return build(service, load_words(language))
+        return build(service, load_words(language))
+    finally:
+        gc.enable()
 
 
 async def _readiness(loading: "asyncio.Task[FastAPI]") -> JSONResponse:
     await asyncio.wait([loading], timeout=PATIENCE)
     failure = str(loading.exception() or "") if loading.done() else ""
     return JSONResponse({"ready": loading.done() and not failure, "failure": failure})
-
-
-def _language(headers: Headers) -> Language:
-    """The one that was chosen on the page, else what the browser asks for."""
-    jar: SimpleCookie = SimpleCookie()
-    with contextlib.suppress(CookieError):
-        jar.load(headers.get("cookie", ""))
-    chosen = jar[LANGUAGE_COOKIE].value if LANGUAGE_COOKIE in jar else ""
-    asked = chosen or headers.get("accept-language", "")
-    return "zh" if asked.strip().lower().startswith("zh") else "en"

@@ -48,8 +48,8 @@ watch('value', () => {
 @dataclass(frozen=True)
 class Kit:
     """`wanted` holds what one tab asks another to show: `ask` sets it, `on_wanted` hears it.
-    `clock` ticks twice a second; `opened` is the event of a page that was opened or reloaded.
-    `said` shows what went wrong last."""
+    `clock` ticks twice a second; `opened` is the event of a page that was opened or reloaded,
+    `returned` of one that is looked at again. `said` shows what went wrong last."""
 
     service: Service
     t: Words
@@ -57,6 +57,7 @@ class Kit:
     wanted: gr.JSON
     clock: gr.Timer
     opened: Any
+    returned: Any
     said: gr.HTML
 
     def on(
@@ -107,7 +108,8 @@ class Kit:
         outputs: Sequence[Output],
         seconds: float = 0.5,
     ) -> None:
-        """`look` is asked again and again while the tab is shown, and no more when it is not."""
+        """`look` is asked again and again while the tab is shown, and no more when it is not, or
+        when the whole page is not."""
         clock, shown = gr.Timer(seconds, active=False), gr.JSON(visible="hidden")
 
         def ticked(shown: bool, *values: Any) -> Any:
@@ -116,10 +118,17 @@ class Kit:
             found = look(*values)
             return (gr.skip(), *(found if len(outputs) > 1 else (found,)))
 
-        is_shown = f"!!document.getElementById('{tab.elem_id}')?.offsetParent"
+        is_shown = f"!document.hidden && !!document.getElementById('{tab.elem_id}')?.offsetParent"
         values = f"(...values) => [{is_shown}, ...values.slice(1)]"
         self.on(clock.tick, ticked, [shown, *inputs], [clock, *outputs], js=values)
         self.on(tab.select, lambda: gr.Timer(active=True), outputs=[clock])
+        self.on(
+            self.returned,
+            lambda shown: gr.Timer(active=bool(shown)),
+            [shown],
+            [clock],
+            js=f"() => [{is_shown}]",
+        )
         self.on(tab.select, look, inputs, outputs)
 
     def _listen(

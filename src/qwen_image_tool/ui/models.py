@@ -33,9 +33,11 @@ def build(kit: Kit, tab: gr.Tab) -> None:
         return shelf_html(t, now, asked), (now, asked)
 
     def act(act: dict[str, str], before: Any) -> tuple[Any, ...]:
+        if act["do"] == "use":
+            return (*(gr.skip() for _ in range(3)), *kit.ask("create", model=act["model"]))
         asked = change(service, act)
         fresh = (replace(before[0], at=0.0), None) if before else None
-        return (*show(fresh, asked), asked)
+        return (*show(fresh, asked), asked, gr.skip(), gr.skip())
 
     def look(place: str) -> tuple[str, tuple[Stranger, ...]]:
         strangers = strangers_of(service, place)
@@ -47,7 +49,7 @@ def build(kit: Kit, tab: gr.Tab) -> None:
         service.transfers.start(model, "import", source=chosen.path)
 
     kit.watch(tab, show, [seen, question], [shown, seen])
-    kit.on_act(shown, act, [seen], [shown, seen, question])
+    kit.on_act(shown, act, [seen], [shown, seen, question, kit.tabs, kit.wanted])
     kit.on([search.click, place.submit], look, [place], [found, strangers], here_only=True)
     kit.on_act(found, take, [strangers], here_only=True)
 

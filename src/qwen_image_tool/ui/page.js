@@ -29,6 +29,14 @@
     colour();
   });
 
+  // A picture that forms below the window, as on a phone, is brought into it.
+  document.addEventListener('click', event => {
+    const stage = document.getElementById('qit-stage');
+    if (event.target.closest('#qit-generate, [data-do=first]') && stage
+        && stage.getBoundingClientRect().top > innerHeight * .6)
+      setTimeout(() => stage.scrollIntoView({block: 'start'}), 300);
+  });
+
   // Ctrl+Enter generates, Esc cancels: from anywhere on the page, but not out of an open list.
   const press = id => {
     const button = document.getElementById(id);

@@ -29,7 +29,7 @@ class Board:
     first_pictures: dict[str, str]
 
 
-def build(kit: Kit) -> None:
+def build(kit: Kit, tab: gr.Tab) -> None:
     shown, seen = kit.html(elem_id="qit-board"), gr.State()
 
     def look(seen: Board | None) -> tuple[Any, Any]:
@@ -45,7 +45,7 @@ def build(kit: Kit) -> None:
         change(kit.service, act)
         return gr.skip(), gr.skip()
 
-    kit.on([kit.opened, kit.clock.tick], look, [seen], [shown, seen])
+    kit.watch(tab, look, [seen], [shown, seen])
     kit.on_act(shown, act, outputs=[kit.tabs, kit.wanted])
 
 

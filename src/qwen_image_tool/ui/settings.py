@@ -56,7 +56,7 @@ def build(kit: Kit, tab: gr.Tab) -> None:
         return [_shown(t, name, field, found) for name, field in FIELDS.items()]
 
     def show() -> tuple[Any, ...]:
-        names = [(each.name, each.id) for each in service.models_here()]
+        names = [(t.known(each.name), each.id) for each in service.models_here()]
         chosen = gr.Dropdown(names, value=service.default_model())
         where = _where(service)
         return (

@@ -13,6 +13,7 @@ from qwen_image_tool.ui.kit import (
     button,
     failure_card,
     picture_url,
+    row,
     sentence,
     size_text,
     text,
@@ -132,10 +133,15 @@ def _status(t: Words, seen: Scene, job: Job) -> str:
         )
     left = seen.progress.seconds_left if seen.progress else None
     long = left is not None and left > LONG
+    if job.state == "queued" and seen.queue.halted:
+        resume = button(t("Resume"), "resume", "primary")
+        return failure_card(t, seen.queue.halted, resume)
     notify = button(t("Tell me when it is done"), "notify", "plain") if long else ""
+    paused = job.state == "queued" and seen.queue.paused
+    act = row(button(t("Resume"), "resume", "primary")) if paused else notify
     return (
         f'<div class="qit-status">{headline}{_bar(seen.progress)}'
-        f'<p class="soft">{text(_details(t, seen, job))}</p>{_interrupted(t, job)}{notify}</div>'
+        f'<p class="soft">{text(_details(t, seen, job))}</p>{_interrupted(t, job)}{act}</div>'
     )
 
 
@@ -173,7 +179,7 @@ def _why_waiting(t: Words, queue: QueueState) -> str:
     if queue.halted:
         return sentence(t, queue.halted.message)
     if queue.paused:
-        return t("The queue is paused: resume it on the Queue tab.")
+        return t("The queue is paused.")
     return t("Waiting for the process that draws")
 
 
@@ -202,10 +208,15 @@ def _details(t: Words, seen: Scene, job: Job) -> str:
 
 
 def _interrupted(t: Words, job: Job) -> str:
+    """Why the process died under it."""
     if not job.again:
         return ""
-    said = t("The process that draws died under this job. The job goes on by itself.")
-    return f'<div class="qit-card warn" role="status"><p>{text(said)}</p></div>'
+    why = sentence(t, job.failure.message) if job.failure else t("QwenImageTool was interrupted.")
+    said = t("The job goes on by itself.")
+    return (
+        f'<div class="qit-card warn" role="status"><p><strong>{text(why)}</strong> {text(said)}</p>'
+        "</div>"
+    )
 
 
 def _caption(t: Words, job: Job) -> str:

@@ -9,6 +9,8 @@ from gradio.themes.base import Base
 from gradio.themes.utils import sizes
 from gradio.themes.utils.colors import Color
 
+from qwen_image_tool.server.plain import PALETTE
+
 FONTS = (
     "system-ui",
     "-apple-system",
@@ -21,28 +23,6 @@ FONTS = (
     "sans-serif",
 )
 MONOSPACE = ("ui-monospace", "SFMono-Regular", "Consolas", "DejaVu Sans Mono", "monospace")
-
-# name: (light, dark). The page's own pieces of HTML use them as --qit-NAME.
-PALETTE = {
-    "paper": ("#f6f6f9", "#121217"),
-    "card": ("#ffffff", "#1b1b22"),
-    "field": ("#ffffff", "#22222b"),
-    "sunk": ("#efeff4", "#16161c"),
-    "line": ("#dcdce5", "#34343f"),
-    "strong-line": ("#8b8b9b", "#74748a"),
-    "ink": ("#1d1d26", "#ececf2"),
-    "soft": ("#5a5a6a", "#a6a6b6"),
-    "accent": ("#5546d6", "#a79dff"),
-    "fill": ("#5546d6", "#6a5be6"),
-    "fill-hover": ("#4436bd", "#5a4bd6"),
-    "on-fill": ("#ffffff", "#ffffff"),
-    "tint": ("#eeecfd", "#2a2745"),
-    "good": ("#1a6b3c", "#7bd8a0"),
-    "warn": ("#8a5200", "#f2c063"),
-    "warn-tint": ("#fff4dd", "#332813"),
-    "bad": ("#b3261e", "#ff9d94"),
-    "bad-tint": ("#fdecea", "#3a1c1a"),
-}
 
 # Gradio's token: our colour
 _TOKENS = {

@@ -87,7 +87,8 @@ def _said(t: Words, now: Listed) -> str:
     if not now.count:
         return text(t("No picture is like that. Search for fewer words, or take a filter away."))
     keys = t("Keys: arrows move, Enter opens, X picks, S stars, Delete deletes")
-    count = t("{count} pictures", count=f"{now.count:,}")
+    many = t("{count} pictures", count=f"{now.count:,}")
+    count = t("1 picture") if now.count == 1 else many
     return f'{text(count)}<span class="qit-keys"> · {text(keys)}</span>'
 
 

@@ -1,38 +1,45 @@
 """The page's words. The English sentence is the key; other languages are tables of them in `zh/`,
-one file for each module that speaks. A test holds that none is missing."""
+one file for each module of the page that speaks, and `zh/heard/` with what the program says. A test
+holds that none is missing."""
 
 import json
 import re
 from importlib.resources import files
-from typing import Literal
+from importlib.resources.abc import Traversable
 
-Language = Literal["en", "zh"]
-_SENTENCE_ENDS = re.compile(r"(?<=[.!?]) (?=[A-Z`])")
+from qwen_image_tool.server.plain import Language
+
+_SENTENCE_ENDS = re.compile(r"(?<=[.!?]) (?=[A-Z`(])")
 
 
 class Words:
     """Called with an English sentence, gives it in one language, with its {fields} filled in."""
 
-    def __init__(self, language: Language, table: dict[str, str]) -> None:
+    def __init__(self, language: Language, said: dict[str, str], heard: dict[str, str]) -> None:
+        """`said` by the page itself; `heard` from the program."""
         self.language = language
-        self._table = table
+        self._said, self._heard = said, heard
         # The one with the most words of its own first: "Run {command}." takes nearly anything
-        filled = sorted((text for text in table if "{" in text), key=_own_words, reverse=True)
-        self._patterns = [(_pattern(text), table[text]) for text in filled]
+        filled = sorted((text for text in heard if "{" in text), key=_own_words, reverse=True)
+        self._patterns = [(_pattern(text), heard[text]) for text in filled]
 
     def __call__(self, text: str, **fields: object) -> str:
-        return self._table.get(text, text).format(**fields)
+        return self._said.get(text, text).format(**fields)
 
     def known(self, text: str) -> str:
-        """What the program said, in this language: each sentence that the table has, with what is
+        """What the program said, in this language: each sentence that was heard of, with what is
         filled into it. Others stay as they are."""
-        return " ".join(map(self._sentence, _SENTENCE_ENDS.split(text)))
+        told = " ".join(map(self._sentence, _SENTENCE_ENDS.split(text)))
+        return told.replace("。 ", "。")
 
     def _sentence(self, text: str) -> str:
-        if text in self._table:
-            return self._table[text]
-        found = ((pattern.fullmatch(text), said) for pattern, said in self._patterns)
-        return next((said.format(**match.groupdict()) for match, said in found if match), text)
+        if text in self._said:
+            return self._said[text]
+        for pattern, said in self._patterns:
+            if match := pattern.fullmatch(text):
+                filled = match.groupdict().items()
+                return said.format(**{name: self._heard.get(one, one) for name, one in filled})
+        return text
 
 
 def _own_words(text: str) -> int:
@@ -49,8 +56,15 @@ def _pattern(text: str) -> re.Pattern[str]:
 
 def load_words(language: Language) -> Words:
     if language == "en":
-        return Words(language, {})
+        return Words(language, {}, {})
+    folder = files(__package__).joinpath(language)
+    heard = _tables(folder / "heard")
+    return Words(language, heard | _tables(folder), heard)
+
+
+def _tables(folder: Traversable) -> dict[str, str]:
     table: dict[str, str] = {}
-    for file in files(__package__).joinpath(language).iterdir():
-        table |= json.loads(file.read_text(encoding="utf-8"))
-    return Words(language, table)
+    for file in folder.iterdir():
+        if file.name.endswith(".json"):
+            table |= json.loads(file.read_text(encoding="utf-8"))
+    return table
