@@ -300,6 +300,8 @@ def test_models(live: Live) -> None:
     needs = {m["id"]: m["needs"] for m in live.http.get("/api/models").json()}
     assert needs["practice"]["ram_bytes"] > 0
     assert needs["practice"]["runs"]
+    live.wait(live.submit("a blue square"))
+    assert live.http.get("/api/models/practice").json()["needs"]["seconds"] > 0, "of the last job"
     assert live.http.get("/api/models/unicorn").status_code == 400
     assert live.http.delete("/api/models/qwen-image").status_code == 409
     answer = live.http.post("/api/models/qwen-image-2.1/download", json={})

@@ -79,5 +79,6 @@ def _user() -> str:
 
 
 def _gauge(gauge: Gauge) -> str:
-    name = gauge.where or gauge.kind
-    return f"{name}: {gauge.free_bytes / 1e9:.1f} of {gauge.total_bytes / 1e9:.1f} GB free"
+    name, on_disk = gauge.where or gauge.kind, gauge.kind == "disk"
+    unit, size = ("GB", 1e9) if on_disk else ("GiB", 2**30)
+    return f"{name}: {gauge.free_bytes / size:.1f} of {gauge.total_bytes / size:.1f} {unit} free"

@@ -333,7 +333,7 @@ def _folder(folder: Folder) -> Check:
     return Check(
         name=name,
         status="warn" if low else "pass",
-        finding=f"{folder.path} has {_gib(folder.free_bytes)} free.",
+        finding=f"{folder.path} has {folder.free_bytes / 1e9:.1f} GB free.",
         next_step="Free some space." if low else "",
     )
 

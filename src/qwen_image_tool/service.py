@@ -153,9 +153,20 @@ class Service:
         return self.app.plans(request, self.device(), anyway)
 
     def described(self) -> list[dict[str, Any]]:
-        """Every model, with what it needs on this machine where that was looked at."""
+        """Every model: see `describe`."""
         here = self.app.seen()
-        return [self.app.describe(model, here) for model in self.app.catalog.models]
+        return [self.describe(model, here) for model in self.app.catalog.models]
+
+    def describe(self, model: Model, here: Device | None) -> dict[str, Any]:
+        """A model, with what it needs on this machine where that was looked at; its seconds by the
+        last job, else as planned."""
+        row = self.app.describe(model, here)
+        if row["needs"] and row["needs"]["runs"]:
+            usual = model.resolve(Request(model=model.id, prompt="a prompt"), seed=0)
+            row["needs"]["seconds"] = (
+                sum(self.supervisor.expected(usual).values()) or row["needs"]["seconds"]
+            )
+        return row
 
     def seconds(self, request: Request, plan: Plan) -> float | None:
         """What a resolved request will take, by the last job like it, else by its plan; None where

@@ -21,7 +21,7 @@ def test_memory_disk_and_the_doctor(site: Site) -> None:
     with site.visit() as visit:
         visit.go("System")
         gauges = visit.page.locator("#qit-live")
-        expect(gauges).to_contain_text(re.compile(r"[\d.]+ GB free of [\d.]+ GB"))
+        expect(gauges).to_contain_text(re.compile(r"[\d.]+ GiB free of [\d.]+ GiB"))
         expect(gauges).to_contain_text(re.compile(r"Disk /.*models take"))
         found = visit.page.locator("#qit-checks")
         expect(found).to_contain_text("The practice model is complete.", timeout=60_000)

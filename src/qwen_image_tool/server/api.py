@@ -246,7 +246,7 @@ def models(service: Here) -> list[dict[str, Any]]:
 def model(model: str, service: Here) -> dict[str, Any]:
     """All that is known of one model."""
     entry = service.app.catalog.find(model)
-    return entry.model_dump(mode="json") | service.app.describe(entry, service.app.seen())
+    return entry.model_dump(mode="json") | service.describe(entry, service.app.seen())
 
 
 @api.post("/models/{model}/download", status_code=202, tags=["models"])

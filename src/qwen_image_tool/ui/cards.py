@@ -10,6 +10,7 @@ from qwen_image_tool.ui.kit import (
     button,
     fact,
     failure_card,
+    memory_text,
     meter,
     row,
     sentence,
@@ -127,8 +128,8 @@ def _needs(t: Words, book: Book) -> str:
     facts = [fact(t("Disk"), size_text(size))] if size else []
     if needs and needs["runs"]:
         if needs["vram_bytes"]:
-            facts.append(fact(t("GPU memory"), size_text(needs["vram_bytes"])))
-        facts.append(fact(t("Memory"), size_text(needs["ram_bytes"])))
+            facts.append(fact(t("GPU memory"), memory_text(needs["vram_bytes"])))
+        facts.append(fact(t("Memory"), memory_text(needs["ram_bytes"])))
         seconds = needs["seconds"]
         known = t("not known yet") if seconds is None else time_text(t, seconds)
         facts.append(fact(t("Time for a picture"), known))

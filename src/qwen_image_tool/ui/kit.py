@@ -268,12 +268,17 @@ def fact(name: str, value: str, more: str = "") -> str:
 
 
 def size_text(count: float) -> str:
-    """Bytes: "31 MB", "14.2 GB"."""
+    """Bytes of files: "31 MB", "14.2 GB"."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= factor:
             value = count / factor
             return f"{value:.0f} {unit}" if value >= 100 or unit != "GB" else f"{value:.1f} {unit}"
     return f"{count:.0f} B"
+
+
+def memory_text(count: int) -> str:
+    """Bytes of memory, as its makers count them: "969 MiB", "21.1 GiB"."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
 def time_text(t: Words, seconds: float) -> str:

@@ -2,7 +2,16 @@
 
 from qwen_image_tool.errors import CannotRun, ToolError
 from qwen_image_tool.types import Device, Plan
-from qwen_image_tool.ui.kit import button, fact, meter, sentence, size_text, text, time_text
+from qwen_image_tool.ui.kit import (
+    button,
+    fact,
+    memory_text,
+    meter,
+    sentence,
+    size_text,
+    text,
+    time_text,
+)
 from qwen_image_tool.ui.words import Words
 
 
@@ -44,5 +53,5 @@ def _box(t: Words, inside: str) -> str:
 
 
 def _meter(name: str, needed: int, free: int, t: Words) -> str:
-    said = t("{needed} of {free} free", needed=size_text(needed), free=size_text(free))
+    said = t("{needed} of {free} free", needed=memory_text(needed), free=memory_text(free))
     return fact(name, said, meter(needed / free if free else 1.0, full=needed > free))

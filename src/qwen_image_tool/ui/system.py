@@ -18,10 +18,10 @@ from qwen_image_tool.ui.kit import (
     button,
     fact,
     failure_card,
+    memory_text,
     meter,
     row,
     sentence,
-    size_text,
     text,
 )
 from qwen_image_tool.ui.words import Words
@@ -130,7 +130,7 @@ def live_html(t: Words, now: State) -> str:
 
 def _gauge(t: Words, one: Gauge) -> str:
     name = t("GPU memory") if one.kind == "vram" else t("Memory")
-    sizes = {"free": size_text(one.free_bytes), "total": size_text(one.total_bytes)}
+    sizes = {"free": memory_text(one.free_bytes), "total": memory_text(one.total_bytes)}
     close = t("Close other programs before a run.")
     gpu = t("Close other programs that use the GPU before a run.")
     warned = ""
@@ -149,7 +149,7 @@ def _worker(t: Words, now: State) -> str:
         said = t("The queue is paused and the memory is free for other programs.")
         return _card(said, button(t("Resume"), "resume", "primary"))
     pause = button(t("Pause and free the memory"), "pause")
-    size = size_text(now.worker_bytes)
+    size = memory_text(now.worker_bytes)
     if now.running:
         return _card(
             t("Drawing “{prompt}”, with {size} of memory.", prompt=now.running, size=size), pause
