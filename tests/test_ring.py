@@ -202,9 +202,9 @@ def test_the_modulation_is_computed_once_a_schedule(
     reads: list[int] = []
     read = weights.read
 
-    def counting(pairs: Any, *rest: Any) -> None:
+    def counting(pairs: Any, *rest: Any, **more: Any) -> None:
         reads.append(len(pairs))
-        read(pairs, *rest)
+        read(pairs, *rest, **more)
 
     placed.loading.result()
     monkeypatch.setattr(weights, "read", counting)
