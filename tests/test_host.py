@@ -2,6 +2,8 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from importlib.resources import files
+from pathlib import Path
 from typing import Any, cast
 
 import httpx2
@@ -46,6 +48,28 @@ def test_a_start_page_that_becomes_the_page(monkeypatch: pytest.MonkeyPatch) -> 
         assert "Opening the page" in first.text
         assert (await http.get("/page/ready")).json() == {"ready": True, "failure": ""}
         assert (await http.get("/")).json() == "the page in en"
+
+    visit(do)
+
+
+def test_scripts_come_without_gradio(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: Any) -> FastAPI:
+        raise AssertionError("Gradio is loaded")
+
+    monkeypatch.setattr(host, "_build", never)
+    folder = Path(str(files("gradio"))) / "templates/frontend"
+    name = next(folder.glob("assets/index-*.js")).name
+
+    async def do(http: httpx2.AsyncClient) -> None:
+        whole = await http.get(f"/assets/{name}")
+        assert whole.content == (folder / "assets" / name).read_bytes()
+        assert "content-encoding" not in whole.headers
+        for nowhere in (
+            "/assets/nothing.js",
+            "/assets/%2e%2e/index.html",
+            "/assets/..%2findex.html",
+        ):
+            assert (await http.get(nowhere)).status_code == 404
 
     visit(do)
 

@@ -10,8 +10,11 @@ import gc
 import logging
 from typing import TYPE_CHECKING
 
+from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.responses import HTMLResponse, JSONResponse
+from starlette.routing import Mount
+from starlette.staticfiles import StaticFiles
 
 from qwen_image_tool.server.plain import Language, language_of
 from qwen_image_tool.service import Service
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
 PATIENCE = 20.0  # seconds that one question whether the page is ready may wait
+ASSETS = "/assets"  # Gradio's scripts and styles
 _log = logging.getLogger(__name__)
 
 
@@ -35,6 +39,10 @@ class Page:
         self._loading: dict[Language, asyncio.Task[FastAPI]] = {}
         self._lives = contextlib.AsyncExitStack()
         self._building = asyncio.Lock()  # Gradio knows one page under construction, not two
+        # As they lie on disk, and before Gradio is loaded: Gradio compresses each file at each
+        # load, which takes longer than sending it to this computer
+        files = StaticFiles(packages=[("gradio", "templates/frontend/assets")])
+        self._assets = Starlette(routes=[Mount(ASSETS, files)])
 
     async def start(self) -> None:
         if self._at_once:
@@ -46,6 +54,9 @@ class Page:
         await self._lives.aclose()
 
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
+        if scope["path"].startswith(f"{ASSETS}/"):
+            await self._assets(scope, receive, send)
+            return
         language = language_of(Headers(scope=scope))
         loading = self._app(language)
         if scope["path"] == READY_PATH:
@@ -81,6 +92,7 @@ def _build(service: Service, language: Language) -> "FastAPI":
 
         return build(service, load_words(language))
     finally:
+        gc.freeze()  # what stays for good need not be looked at again
         gc.enable()
 
 
