@@ -35,7 +35,7 @@ def test_the_worker_gives_its_memory_back(site: Site) -> None:
     with site.visit() as visit:
         visit.go("System")
         submit(site, "very slow to watch", steps=100)
-        visit.sees(re.compile(r"Drawing “very slow to watch”, with \d+ MB of memory\."))
+        visit.sees(re.compile(r"Drawing “very slow to watch”, with \d+ MiB of memory\."))
         visit.press("Pause and free the memory")
         visit.sees("The queue is paused and the memory is free for other programs.")
         site.wait_for(
