@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -303,15 +303,21 @@ def test_show_lists_the_variants(qit: Any) -> None:
     assert "city96/Qwen-Image-gguf" in out
 
 
-def test_ctrl_c_pauses(hub: LocalHub, home: Path) -> None:
-    hub.bytes_per_second = 60_000
+def interrupted(begun: Callable[[], object]) -> subprocess.Popen[str]:
+    """A download in a process of its own, which got Ctrl-C once it had `begun`."""
     start = "from qwen_image_tool.cli import main; main()"
     command = [sys.executable, "-c", start, "models", "download", "qwen-image"]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ.copy())
     until = time.monotonic() + 30
-    while not hub.sent and time.monotonic() < until:
-        time.sleep(0.05)
+    while not begun() and time.monotonic() < until:
+        time.sleep(0.02)
     child.send_signal(signal.SIGINT)
+    return child
+
+
+def test_ctrl_c_pauses(hub: LocalHub, home: Path) -> None:
+    hub.bytes_per_second = 60_000
+    child = interrupted(lambda: hub.sent)
     _, err = child.communicate(timeout=30)
     assert child.returncode == 130, err
     assert "paused" in err
@@ -334,13 +340,7 @@ def test_ctrl_c_is_answered_at_once_where_the_connection_stalls(
     hub: LocalHub, fault: Fault
 ) -> None:
     hub.faults = [fault]
-    start = "from qwen_image_tool.cli import main; main()"
-    command = [sys.executable, "-c", start, "models", "download", "qwen-image"]
-    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ.copy())
-    until = time.monotonic() + 30
-    while not hub.holding and time.monotonic() < until:
-        time.sleep(0.02)
-    child.send_signal(signal.SIGINT)
+    child = interrupted(lambda: hub.holding)
     _, err = child.communicate(timeout=10)  # a stall is given up after 30 s, and held for 20
     assert hub.holding, "the server has not given up"
     assert child.returncode == 130, err

@@ -163,15 +163,13 @@ class Service:
         row = self.app.describe(model, here)
         if row["needs"] and row["needs"]["runs"]:
             usual = model.resolve(Request(model=model.id, prompt="a prompt"), seed=0)
-            row["needs"]["seconds"] = (
-                sum(self.supervisor.expected(usual).values()) or row["needs"]["seconds"]
-            )
+            row["needs"]["seconds"] = self.seconds(usual, row["needs"]["seconds"])
         return row
 
-    def seconds(self, request: Request, plan: Plan) -> float | None:
-        """What a resolved request will take, by the last job like it, else by its plan; None where
+    def seconds(self, request: Request, planned: float | None) -> float | None:
+        """What a resolved request will take, by the last job like it, else as `planned`; None where
         neither can tell."""
-        return sum(self.supervisor.expected(request).values()) or plan.seconds
+        return sum(self.supervisor.expected(request).values()) or planned
 
     def gauges(self) -> tuple[Gauge, ...]:
         """Memory and disks as they are now."""

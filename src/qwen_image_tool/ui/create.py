@@ -238,7 +238,7 @@ class Create:
             resolved, (plan, *_) = kit.service.plans(shown)
             model = kit.service.app.describe(self._model(request.model))
             device = kit.service.device()
-            seconds = kit.service.seconds(resolved, plan)
+            seconds = kit.service.seconds(resolved, plan.seconds)
             return plan_box(kit.t, plan, seconds, device, model["id"], model["to_fetch"])
         except ToolError as error:
             return refused_box(kit.t, error)
