@@ -34,7 +34,7 @@ from sections import write_section
 GIB = 1 << 30
 PROMPT = "a red circle left of a blue square on a yellow background, drawn with a soft brush"
 OTHER = "an old lighthouse above a green sea under a sky of heavy clouds, painted in oil"
-NEGATIVE = "blurry"
+NEGATIVE, OTHER_NEGATIVE = "blurry", "flat colours, bad anatomy"
 SEED = 7
 
 
@@ -198,8 +198,10 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
     (cache / "compiled").symlink_to(options.scratch / "compiled")  # one for all lines
     engine = Engine(installed, cache)
     runs = []
-    for prompt in (PROMPT, OTHER, PROMPT):
-        asked = request.model_copy(update={"prompt": prompt})
+    known = {"prompt": PROMPT, "negative_prompt": request.negative_prompt}
+    new = {"prompt": OTHER, "negative_prompt": request.negative_prompt and OTHER_NEGATIVE}
+    for prompts in (known, new, known):
+        asked = request.model_copy(update=prompts)
         runs.append(engine.run(asked, [plan], emit, lambda: False))
     peaks.turn("")
     theirs = torch.load(options.scratch / "latents.pt")

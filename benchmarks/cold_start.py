@@ -147,11 +147,14 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
     from qwen_image_tool.app import App
     from qwen_image_tool.errors import Cancelled
     from qwen_image_tool.settings import Settings
-    from qwen_image_tool.types import Event, Request, Size, Stepped
+    from qwen_image_tool.types import Event, PhaseStarted, Request, Size, Stepped
 
     first: list[float] = []
+    phases: list[tuple[str, float]] = [("asked", time.time() - began)]
 
     def emit(event: Event) -> None:
+        if isinstance(event, PhaseStarted):
+            phases.append((event.phase, time.time() - began))
         if isinstance(event, Stepped):
             first.append(time.time() - began)
 
@@ -166,7 +169,7 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
     with contextlib.suppress(Cancelled):
         app.generate(request, emit, lambda: bool(first))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"seconds": first[0], "peak_rss_gib": peak / any_card.GIB}
+    return {"seconds": first[0], "peak_rss_gib": peak / any_card.GIB, "phases": phases}
 
 
 def theirs(options: argparse.Namespace) -> dict[str, Any]:

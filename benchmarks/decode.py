@@ -30,6 +30,7 @@ from qwen_image_tool.decoding import DECODINGS
 from qwen_image_tool.device import cpu_name
 from qwen_image_tool.engine import vae
 from qwen_image_tool.engine.probe import torch_facts
+from qwen_image_tool.needs import MIN_STRIP, MOST_STRIPS
 from qwen_image_tool.types import Size
 from sections import PAGE, write_section
 
@@ -111,21 +112,20 @@ class Bench:
             made = CLASSES[family](**NARROW[family] if options.small else {})
         self.theirs = made.to(torch.bfloat16).eval().requires_grad_(False)
         self.ours = copy.deepcopy(self.theirs)
-        vae.make_single_frame(self.ours, faithful=self.on_gpu)
+        vae.make_single_frame(self.ours, DECODINGS[family], faithful=self.on_gpu)
         cell = vae.scale(made)
         cells = (1, made.config.z_dim, 1, size.height // cell, size.width // cell)
         self.cells = torch.randn(cells, generator=torch.Generator().manual_seed(1))
         self.reference: torch.Tensor | None = None
 
     def strips(self, cap: float) -> int:
-        """As the planner would; as many as there can be where none fits."""
+        """As the planner would; as many as it takes at most where none fits."""
         decoding, costs = DECODINGS[self.family], load_costs()
         weights = sum(p.numel() * p.element_size() for p in self.ours.parameters())
         left = cap * GIB - weights - costs.workspace_bytes
-        most = self.size.height // decoding.cell
-        return (
-            decoding.strips(self.size, int(left / costs.families[self.family].decode_slack)) or most
-        )
+        most = min(MOST_STRIPS, self.size.height // MIN_STRIP)
+        found = decoding.strips(self.size, int(left / costs.families[self.family].decode_slack))
+        return min(found or most, most)
 
     def row(self, what: str, model: Any, cap: float | None, strips: int) -> Row:
         """One line of the table."""

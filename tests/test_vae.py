@@ -52,7 +52,7 @@ def pair(family: str, request: pytest.FixtureRequest) -> tuple[Any, Any]:
             weight.data.add_(0.3 * torch.randn_like(weight))
     theirs = theirs.to(dtype)
     ours = copy.deepcopy(theirs)
-    vae.make_single_frame(ours, faithful)
+    vae.make_single_frame(ours, DECODINGS[family], faithful)
     return theirs, ours
 
 
@@ -98,7 +98,7 @@ def test_in_float32_only_roundings_differ(family: str) -> None:
     model = MAKE[family]().eval()
     latents = cells(model, 9, 6)
     expected = model.decode(latents, return_dict=False)[0][:, :, 0]
-    vae.make_single_frame(model, faithful=False)
+    vae.make_single_frame(model, DECODINGS[family], faithful=False)
     torch.testing.assert_close(pixels(model, latents).clamp(-1, 1), expected, rtol=0, atol=2e-5)
 
 
@@ -118,9 +118,10 @@ def test_strips_give_the_same_picture(pair: tuple[Any, Any], shape: tuple[int, i
 def test_a_strip_is_given_all_that_it_sees_and_no_more(family: str, rows: tuple[int, int]) -> None:
     """What is not a number spreads as far as a decoder looks."""
     model = MAKE[family]().eval()
-    vae.make_single_frame(model, faithful=False)
+    vae.make_single_frame(model, DECODINGS[family], faithful=False)
     decoder, height, scale = model.decoder, 40, vae.scale(model)
-    low, high = decoder._needs(rows, height)[0]
+    parts = list(decoder.tail)
+    low, high = vae._needs(parts, rows, height)[0]
     assert low == 0 or low < rows[0]
     assert high == height or high > rows[1]
     clean = decoder.head(cells(model, height, 4)[:, :, 0])
@@ -128,7 +129,7 @@ def test_a_strip_is_given_all_that_it_sees_and_no_more(family: str, rows: tuple[
     def reached(row: int) -> bool:
         poisoned = clean.clone()
         poisoned[:, :, row] = torch.nan
-        seen = decoder._strip(poisoned, (0, height))[:, :, rows[0] * scale : rows[1] * scale]
+        seen = decoder._strip(parts, poisoned, (0, height))[:, :, rows[0] * scale : rows[1] * scale]
         return bool(seen.isnan().any())
 
     assert reached(low)
@@ -141,15 +142,16 @@ def test_a_strip_is_given_all_that_it_sees_and_no_more(family: str, rows: tuple[
 @pytest.mark.parametrize("faithful", [False, True])
 @torch.inference_mode()
 def test_a_decode_never_exceeds_its_plan(family: str, size: Size, faithful: bool) -> None:
-    """Full-size decoders; and the plan does not ask for much more than they take."""
+    """Full-size decoders; and the plan does not ask for much more than they take, the most where
+    they are faithful."""
     decoding, model = DECODINGS[family], full_size(family)
     assert decoding.cell == vae.scale(model)
     latents = cells(model, size.height // decoding.cell, size.width // decoding.cell)
-    vae.make_single_frame(model, faithful)
+    vae.make_single_frame(model, decoding, faithful)
     known, taken = [*model.parameters(), latents], []
-    for strips in (1, 2, 3, 5, 8, 16):
+    for strips in (1, 2, 3, 4, 6, 8, 10):
         taken.append(peak_bytes(functools.partial(vae.levels, model, latents, strips), known))
-        assert 0.7 <= taken[-1] / decoding.bytes(size, strips) <= 1
+        assert (0.7 if faithful else 0.6) <= taken[-1] / decoding.bytes(size, strips) <= 1
     assert taken == sorted(taken, reverse=True)
 
 
@@ -191,7 +193,7 @@ def test_strips_that_cannot_be(family: str) -> None:
     latents = cells(model, 4, 4)
     with pytest.raises(ValueError, match="no strips"):
         levels(model, latents, 2)
-    vae.make_single_frame(model, faithful=False)
+    vae.make_single_frame(model, DECODINGS[family], faithful=False)
     for strips in (0, 5):
         with pytest.raises(ValueError, match=f"don't make {strips} strips"):
             levels(model, latents, strips)

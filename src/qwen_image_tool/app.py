@@ -6,6 +6,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -260,18 +261,26 @@ class App:
         if created:
             emit(Notice(text=created))
 
-        try:
-            here = self._device_for(installed, emit).within(ram_bytes, vram_bytes)
-            plans = planner.plans(resolved, installed, here, anyway)
-        except CannotRun:  # as the memory was when the engine was made; it may be free by now
-            self._forget_engine()
-            here = self._device_for(installed, emit).within(ram_bytes, vram_bytes)
-            plans = planner.plans(resolved, installed, here, anyway)
-        plans = plans[min(skip, len(plans) - 1) :]
-        for reason in plans[0].reasons:
-            emit(Notice(text=reason))
-        assert self._engine
-        run = self._engine.run(resolved, plans, emit, is_cancelled)
+        # The disk works from here on, while Python imports its libraries, until all is loaded
+        with ExitStack() as reading:
+
+            def heard(event: Event) -> None:
+                if isinstance(event, PhaseStarted) and event.phase == "denoise":
+                    reading.close()
+                emit(event)
+
+            try:
+                here = self._device_for(installed, emit, reading).within(ram_bytes, vram_bytes)
+                plans = planner.plans(resolved, installed, here, anyway)
+            except CannotRun:  # as the memory was when the engine was made; it may be free by now
+                self._forget_engine()
+                here = self._device_for(installed, emit, reading).within(ram_bytes, vram_bytes)
+                plans = planner.plans(resolved, installed, here, anyway)
+            plans = plans[min(skip, len(plans) - 1) :]
+            for reason in plans[0].reasons:
+                emit(Notice(text=reason))
+            assert self._engine
+            run = self._engine.run(resolved, plans, heard, is_cancelled)
         learnt = {"compile_seconds": run.compile_seconds, "disk": run.disk_rate}
         self.rates.learn(here, **{name: value for name, value in learnt.items() if value})
 
@@ -295,17 +304,20 @@ class App:
             versions=versions,
         )
 
-    def _device_for(self, installed: store.Installed, emit: Callable[[Event], None]) -> Device:
-        """The machine as it was before the engine took memory; a new engine for another model."""
+    def _device_for(
+        self, installed: store.Installed, emit: Callable[[Event], None], reading: ExitStack
+    ) -> Device:
+        """The machine as it was before the engine took memory; a new engine for another model,
+        whose weights are read ahead while `reading` is open."""
         if self._engine is None or self._device is None or self._engine.installed != installed:
             self._forget_engine()
-            with read_ahead((installed.folder / "text_encoder", installed.transformer)):
-                from qwen_image_tool.engine.engine import Engine
-                from qwen_image_tool.engine.probe import torch_facts
+            weights = (installed.folder / "text_encoder", installed.transformer)
+            reading.enter_context(read_ahead(weights))
+            from qwen_image_tool.engine.engine import Engine
+            from qwen_image_tool.engine.probe import torch_facts
 
-                facts = torch_facts()
             self._engine = Engine(installed, self.settings.cache, self._previews)
-            self._device = self._measured(device.probe(facts), emit)
+            self._device = self._measured(device.probe(torch_facts()), emit, reading)
         return self._device
 
     def _forget_engine(self) -> None:
@@ -332,12 +344,14 @@ class App:
         """`found`, with what it was measured to do before."""
         return found.with_rates(self.rates.get(found) or Rates())
 
-    def _measured(self, found: Device, emit: Callable[[Event], None]) -> Device:
-        """`found` with its rates, which are measured where they are not known yet."""
+    def _measured(self, found: Device, emit: Callable[[Event], None], reading: ExitStack) -> Device:
+        """`found` with its rates, which are measured where they are not known yet, after the
+        `reading` beside it is ended."""
         from qwen_image_tool.engine.measure import measure
 
         rates = self.rates.get(found)
         if rates is None:
+            reading.close()
             emit(Notice(text=f"Measuring once how fast {found.name} is."))
             rates = measure(found, self.settings.cache / "compiled")
             if rates.matmul:

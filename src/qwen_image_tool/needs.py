@@ -19,7 +19,7 @@ BYTES_PER_TOKEN = 3  # of a prompt in UTF-8: fewer than in most languages, so mo
 PIXEL_RAM = 32  # bytes a pixel, from the decoder's numbers to a PNG
 PASSING = 2  # buffers that weights pass through on their way to where they stay
 REACH_PIXELS = 60  # rows that it computes more on each side, over all sizes
-MOST_STRIPS, MIN_STRIP = 16, 64  # and pixel rows: in thinner ones most work is done twice
+MOST_STRIPS, MIN_STRIP = 10, 64  # and pixel rows: in thinner ones most work is done twice
 # What a device computes in the time of one byte from its memory, where that was not measured
 CPU_FLOP_PER_BYTE, GPU_FLOP_PER_BYTE = 20, 250
 

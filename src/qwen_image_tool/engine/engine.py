@@ -23,6 +23,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
 from PIL import Image
 
 from qwen_image_tool import logs
+from qwen_image_tool.decoding import DECODINGS
 from qwen_image_tool.engine import attention, compiled, families, text, vae, weights
 from qwen_image_tool.engine.cache import TensorCache, checkpoint_identity
 from qwen_image_tool.engine.checks import SAFER, check_image, check_latents
@@ -226,7 +227,8 @@ class _Parts:
             )
             if plan.single_frame:
                 on_gpu = plan.device not in ("cpu", "mps")
-                vae.make_single_frame(self.vae, on_gpu and plan.dtype == "bfloat16")
+                decoding = DECODINGS[installed.model.family]
+                vae.make_single_frame(self.vae, decoding, on_gpu and plan.dtype == "bfloat16")
             self.transformer = family.Transformer(
                 installed.transformer,
                 plan.placement,

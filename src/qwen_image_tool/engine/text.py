@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, Qwen2Tokenizer
 
-from qwen_image_tool.engine import placed, weights
+from qwen_image_tool.engine import attention, placed, weights
 from qwen_image_tool.engine.weights import Checkpoint, Reader, no_weights
 from qwen_image_tool.errors import ModelUnsupported, PromptTooLong
 from qwen_image_tool.store.formats import TEXT_PREFIXES
@@ -78,7 +78,7 @@ class TextEncoder:
                 f"The text encoder in {folder} has windowed attention.",
                 "Use the text encoder that Qwen-Image was published with.",
             )
-        config._attn_implementation = "sdpa"
+        config._attn_implementation = attention.for_prompts(device)
         with no_weights():
             self._model: Any = kind(config).eval()
         self._model.rotary_emb.to(device)

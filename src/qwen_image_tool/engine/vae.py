@@ -1,6 +1,6 @@
 """Latents -> pixels."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional
 
+from qwen_image_tool.decoding import Decoding
 from qwen_image_tool.types import Size
 
 # Latent cells, their mean and their deviation, to latent cells as the VAE reads them
@@ -44,15 +45,16 @@ def levels(vae: Any, cells: torch.Tensor, strips: int = 1) -> torch.Tensor:
     return _levels(vae.decode(cells, return_dict=False)[0][:, :, 0])
 
 
-def make_single_frame(vae: Any, faithful: bool) -> None:
+def make_single_frame(vae: Any, decoding: Decoding, faithful: bool) -> None:
     """Turn the VAE's decoder, in place, into one for a single frame: faster, within rounding, and
     in less memory. `vae.decode` does not work afterwards; `decode` does.
 
+    `decoding`: how far it works on the whole frame, before it goes on in strips.
     `faithful`: a convolution stays the operation that diffusers calls where a GPU's kernels for
     the shorter one add in another order, so that bfloat16 is rounded to the same numbers. That is
     slower.
     """
-    vae.decoder = _Decoder(vae.post_quant_conv, vae.decoder, faithful)
+    vae.decoder = _Decoder(vae.post_quant_conv, vae.decoder, decoding, faithful)
 
 
 def crop_centre(image: Image.Image, size: Size) -> Image.Image:
@@ -66,73 +68,6 @@ def _levels(pixels: torch.Tensor) -> torch.Tensor:
     VaeImageProcessor.postprocess."""
     unit = (pixels[0].clamp(-1, 1) * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0)
     return (unit.float() * 255).round().to(torch.uint8)
-
-
-class _Decoder(nn.Module):
-    """The decoder of AutoencoderKLQwenImage or of AutoencoderKLQwenImage21, for a single frame.
-
-    The head sees the whole frame at the size of the latents, because of its attention. Each part
-    of the tail sees a few rows around a row (`needs`), so the tail runs on strips of the frame.
-
-    In float32 weights and numbers are channels-last, which is faster. In bfloat16 they are not: it
-    would change the order of sums, and so deep in bfloat16 one rounding grows to several levels.
-    On Apple's GPU channels-last is not verified.
-    """
-
-    def __init__(self, post_quant_conv: Any, decoder: Any, faithful: bool) -> None:
-        super().__init__()
-        middle = decoder.mid_block
-        first, *rest = (_Residual(block, faithful) for block in middle.resnets)
-        between = [_Attention(attention) for attention in middle.attentions]
-        into = _Conv(post_quant_conv, faithful), _Conv(decoder.conv_in, faithful)
-        self.head = nn.Sequential(*into, first)
-        for attention, block in zip(between, rest, strict=True):
-            self.head.extend([attention, block])
-        *ups, last = decoder.up_blocks
-        self._parts = [part for up in ups for part in _up_block(up, faithful)]
-        # On as many pixels as the picture has, cuDNN's 2D and 3D kernels add in the same order
-        faithful = faithful and decoder.conv_out.weight.ndim == 4
-        self._parts += _up_block(last, faithful)
-        self._parts.append(_Output(decoder.norm_out, decoder.conv_out, faithful))
-        self.tail = nn.ModuleList(self._parts)
-        kind = decoder.conv_in.weight
-        plain = kind.dtype != torch.float32 or kind.device.type == "mps"
-        self._format = torch.contiguous_format if plain else torch.channels_last
-        for weight in self.parameters():
-            if weight.ndim == 4:
-                weight.data = weight.data.contiguous(memory_format=self._format)
-
-    def strips(self, cells: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
-        """[1, z, height, width] to `count` times [1, 3 or 4, rows, width], from top to bottom."""
-        cells = self.head(cells.contiguous(memory_format=self._format))
-        height = cells.shape[2]
-        if not 1 <= count <= height:
-            raise ValueError(f"{height} rows of latent cells don't make {count} strips")
-        for strip in range(count):
-            yield self._strip(cells, (height * strip // count, height * (strip + 1) // count))
-
-    def _strip(self, cells: torch.Tensor, rows: Rows) -> torch.Tensor:
-        """The rows of pixels that belong to these rows of cells. Each part is given the rows it
-        needs: where they end inside the frame, those it spoils with its padding are cut off."""
-        (start, end), *outcomes = self._needs(rows, cells.shape[2])
-        cells = cells[:, :, start:end]
-        for part, (low, high) in zip(self._parts, outcomes, strict=True):
-            top = start * part.factor
-            cells = part(cells)[:, :, low - top : high - top]
-            cells = cells.contiguous(memory_format=self._format)
-            start = low
-        return cells
-
-    def _needs(self, rows: Rows, height: int) -> list[Rows]:
-        """The rows that go into each part of the tail, and those of pixels that come out."""
-        for part in self._parts:
-            height, rows = height * part.factor, (rows[0] * part.factor, rows[1] * part.factor)
-        found = [rows]
-        for part in reversed(self._parts):
-            height //= part.factor
-            low, high = part.needs(found[0])
-            found.insert(0, (max(low, 0), min(high, height)))
-        return found
 
 
 class _Layer(nn.Module):
@@ -151,6 +86,90 @@ class _Part(_Layer):
     def needs(self, rows: Rows) -> Rows:
         """The rows, of a frame without borders, that these rows of the result are made from."""
         raise NotImplementedError
+
+
+class _Decoder(nn.Module):
+    """The decoder of AutoencoderKLQwenImage or of AutoencoderKLQwenImage21, for a single frame.
+
+    The head sees the whole frame at the size of the latents, because of its attention. Each part
+    of the tail sees a few rows around a row (`needs`), so it can run on strips of the frame. The
+    first parts don't where the memory allows: on few pixels cuDNN takes another kernel for another
+    height, which adds in another order.
+
+    In float32 weights and numbers are channels-last, which is faster. In bfloat16 they are not: it
+    would change the order of sums, and so deep in bfloat16 one rounding grows to several levels.
+    On Apple's GPU channels-last is not verified.
+    """
+
+    def __init__(
+        self, post_quant_conv: Any, decoder: Any, decoding: Decoding, faithful: bool
+    ) -> None:
+        super().__init__()
+        self._decoding = decoding
+        middle = decoder.mid_block
+        first, *rest = (_Residual(block, faithful) for block in middle.resnets)
+        between = [_Attention(attention) for attention in middle.attentions]
+        into = _Conv(post_quant_conv, faithful), _Conv(decoder.conv_in, faithful)
+        self.head = nn.Sequential(*into, first)
+        for attention, block in zip(between, rest, strict=True):
+            self.head.extend([attention, block])
+        *ups, last = decoder.up_blocks
+        self._parts: list[_Part] = []
+        self._ends = [0]  # in `_parts`, of the halves of the blocks that double
+        for up in ups:
+            for half in _halves(up, faithful):
+                self._parts += half
+                self._ends.append(len(self._parts))
+        # On as many pixels as the picture has, cuDNN's 2D and 3D kernels add in the same order
+        faithful = faithful and decoder.conv_out.weight.ndim == 4
+        self._parts += _residuals(last, faithful)
+        self._parts.append(_Output(decoder.norm_out, decoder.conv_out, faithful))
+        self.tail = nn.ModuleList(self._parts)
+        kind = decoder.conv_in.weight
+        plain = kind.dtype != torch.float32 or kind.device.type == "mps"
+        self._format = torch.contiguous_format if plain else torch.channels_last
+        for weight in self.parameters():
+            if weight.ndim == 4:
+                weight.data = weight.data.contiguous(memory_format=self._format)
+
+    def strips(self, cells: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
+        """[1, z, height, width] to `count` times [1, 3 or 4, rows, width], from top to bottom."""
+        height = cells.shape[2]
+        if not 1 <= count <= height:
+            raise ValueError(f"{height} rows of latent cells don't make {count} strips")
+        end = self._ends[self._decoding.stage(count).depth]
+        whole, parts = self._parts[:end], self._parts[end:]
+        frame = self.head(cells.contiguous(memory_format=self._format))
+        for part in whole:
+            frame = part(frame)
+        height = frame.shape[2]
+        for strip in range(count):
+            rows = height * strip // count, height * (strip + 1) // count
+            yield self._strip(parts, frame, rows)
+
+    def _strip(self, parts: Sequence[_Part], frame: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """The rows of pixels that `parts` make of these rows of the frame. Each is given the rows
+        it needs: where they end inside the frame, those it spoils with its padding are cut off."""
+        (start, end), *outcomes = _needs(parts, rows, frame.shape[2])
+        frame = frame[:, :, start:end]
+        for part, (low, high) in zip(parts, outcomes, strict=True):
+            top = start * part.factor
+            frame = part(frame)[:, :, low - top : high - top]
+            frame = frame.contiguous(memory_format=self._format)
+            start = low
+        return frame
+
+
+def _needs(parts: Sequence[_Part], rows: Rows, height: int) -> list[Rows]:
+    """The rows that go into each of `parts`, and those of pixels that come out."""
+    for part in parts:
+        height, rows = height * part.factor, (rows[0] * part.factor, rows[1] * part.factor)
+    found = [rows]
+    for part in reversed(parts):
+        height //= part.factor
+        low, high = part.needs(found[0])
+        found.insert(0, (max(low, 0), min(high, height)))
+    return found
 
 
 class _Conv(_Layer):
@@ -252,34 +271,50 @@ class _Upsample(_Part):
         return (rows[0] - reach) // 2, -((-rows[1] - reach) // 2)
 
 
+class _Beside(_Part):
+    """Parts whose result is put beside what they are made from: their channels first."""
+
+    def __init__(self, parts: list[_Part]) -> None:
+        super().__init__()
+        self._parts = parts
+        self.parts = nn.Sequential(*parts)
+
+    def forward(self, frame: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.parts(frame), frame], dim=1)
+
+    def needs(self, rows: Rows) -> Rows:
+        for part in reversed(self._parts):
+            rows = part.needs(rows)
+        return rows
+
+
 class _Doubling(_Part):
-    """Blocks that double the frame, with a shortcut around all of them that spreads channels over
-    the new pixels. Source: QwenImage21ResidualUpBlock, QwenImage21DupUp3D."""
+    """Doubles the first channels; the others, those of the shortcut, are spread over the new
+    pixels. Source: QwenImage21ResidualUpBlock, QwenImage21DupUp3D."""
 
     factor = 2
 
     source: torch.Tensor
 
-    def __init__(self, blocks: list[_Part], spread: Any) -> None:
+    def __init__(self, upsample: _Part, spread: Any) -> None:
         super().__init__()
-        self._blocks = blocks
-        self.blocks = nn.Sequential(*blocks)
+        self.upsample = upsample
+        self._channels = spread.in_channels
         # Which channel a new channel reads at each of the four pixels, in the last frame
         source = torch.arange(spread.in_channels).repeat_interleave(spread.repeats)
         source = source.view(spread.out_channels, spread.factor_t, spread.factor_s**2)[:, -1]
         self.register_buffer("source", source.T.contiguous(), persistent=False)
 
     def forward(self, frame: torch.Tensor) -> torch.Tensor:
-        doubled: torch.Tensor = self.blocks(frame)
+        inner, shortcut = frame[:, : -self._channels], frame[:, -self._channels :]
+        doubled: torch.Tensor = self.upsample(inner)
         for place, channels in enumerate(self.source):
             row, column = divmod(place, 2)
-            doubled[:, :, row::2, column::2] += frame[:, channels]
+            doubled[:, :, row::2, column::2] += shortcut[:, channels]
         return doubled
 
     def needs(self, rows: Rows) -> Rows:
-        for block in reversed(self._blocks):
-            rows = block.needs(rows)
-        return rows
+        return self.upsample.needs(rows)
 
 
 class _Output(_Part):
@@ -296,16 +331,17 @@ class _Output(_Part):
         return rows[0] - self.conv.padding[0], rows[1] + self.conv.padding[0]
 
 
-def _up_block(block: Any, faithful: bool) -> list[_Part]:
-    """The parts of a QwenImageUpBlock or of a QwenImage21ResidualUpBlock."""
-    parts: list[_Part] = [_Residual(each, faithful) for each in block.resnets]
-    if hasattr(block, "avg_shortcut"):
-        upsamplers = [block.upsampler] if block.upsampler is not None else []
-    else:
-        upsamplers = block.upsamplers or []
-    parts += [_Upsample(each) for each in upsamplers]
-    spread = getattr(block, "avg_shortcut", None)
-    return parts if spread is None else [_Doubling(parts, spread)]
+def _residuals(block: Any, faithful: bool) -> list[_Part]:
+    return [_Residual(each, faithful) for each in block.resnets]
+
+
+def _halves(block: Any, faithful: bool) -> tuple[list[_Part], list[_Part]]:
+    """What a QwenImageUpBlock or a QwenImage21ResidualUpBlock does before it doubles the frame, and
+    the doubling."""
+    residuals = _residuals(block, faithful)
+    if not hasattr(block, "avg_shortcut"):
+        return residuals, [_Upsample(each) for each in block.upsamplers]
+    return [_Beside(residuals)], [_Doubling(_Upsample(block.upsampler), block.avg_shortcut)]
 
 
 def _silu(frame: torch.Tensor) -> torch.Tensor:
