@@ -1,44 +1,67 @@
 """Weights that are read before they are loaded."""
 
+import sys
 import threading
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import qwen_image_tool.store.ahead as ahead
-from qwen_image_tool.store.ahead import PIECE, pieces, read_ahead
+from qwen_image_tool.store.ahead import PIECE, Wanted, pieces, read_ahead
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> list[Path]:
-    folders = [tmp_path / "text_encoder", tmp_path / "transformer"]
+def model(tmp_path: Path) -> list[Wanted]:
+    """In the transformer 2 pieces and a bit more, in the text encoder's layers 10 and 20 bytes,
+    with a table of words between them."""
+    folders = [tmp_path / "transformer", tmp_path / "text_encoder"]
     for folder in folders:
         folder.mkdir()
         (folder / "config.json").write_text("{}", encoding="utf-8")
-    (folders[0] / "a-00001.safetensors").write_bytes(b"x" * (PIECE + 1))
-    (folders[0] / "a-00002.safetensors").write_bytes(b"x" * 10)
-    (folders[1] / "b.safetensors").write_bytes(b"x" * 2 * PIECE)
-    return folders
+    save(folders[0] / "a-1.safetensors", {"a": 2 * PIECE})
+    save(folders[0] / "a-2.safetensors", {"b": 7, "c": 5})
+    save(folders[1] / "b.safetensors", {"a.layers.0": 10, "embed": 1000, "x.layers.1": 20})
+    return [Wanted(folders[0]), Wanted(folders[1], ".layers.")]
 
 
-def test_files_come_in_the_order_they_are_needed_in(model: list[Path]) -> None:
-    assert [(path.name, start) for path, start in pieces(model, 1 << 40)] == [
-        ("a-00001.safetensors", 0),
-        ("a-00001.safetensors", PIECE),
-        ("a-00002.safetensors", 0),
-        ("b.safetensors", 0),
-        ("b.safetensors", PIECE),
+def save(path: Path, sizes: dict[str, int]) -> None:
+    save_file({n: torch.ones(size, dtype=torch.uint8) for n, size in sizes.items()}, path)
+
+
+def test_what_is_wanted_comes_in_its_order(model: list[Wanted]) -> None:
+    found = list(pieces(model, 1 << 40))
+    assert [(path.name, size) for path, _, size in found] == [
+        ("a-1.safetensors", PIECE),
+        ("a-1.safetensors", PIECE),
+        ("a-2.safetensors", 12),
+        ("b.safetensors", 10),
+        ("b.safetensors", 20),
     ]
+    (_, first, _), (_, second, _) = found[:2]
+    assert second == first + PIECE
+    for path, start, size in found:
+        assert path.read_bytes()[start : start + size] == b"\x01" * size
 
 
-def test_it_keeps_to_its_part_of_the_memory(model: list[Path]) -> None:
-    assert len(list(pieces(model, PIECE + 12))) == 3
+def test_it_keeps_to_its_part_of_the_memory(model: list[Wanted]) -> None:
+    assert len(list(pieces(model, 2 * PIECE + 22))) == 4
     assert not list(pieces(model, 5))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what its cache holds")
+def test_what_is_in_the_cache_is_not_read_again(model: list[Wanted]) -> None:
+    piece = next(pieces(model, 1 << 40))
+    buffer = memoryview(bytearray(PIECE))
+    piece[0].read_bytes()
+    ahead._read(piece, buffer)
+    assert not any(buffer[:100])
+
+
 def test_everything_is_read_and_nothing_goes_on(
-    model: list[Path], monkeypatch: pytest.MonkeyPatch
+    model: list[Wanted], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, read, done = ahead._read, [], threading.Event()
 
@@ -56,7 +79,7 @@ def test_everything_is_read_and_nothing_goes_on(
     assert threading.active_count() == before
 
 
-def test_it_ends_with_the_block(model: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_ends_with_the_block(model: list[Wanted], monkeypatch: pytest.MonkeyPatch) -> None:
     began, may_go_on, read = threading.Event(), threading.Event(), []
 
     def slow(piece: ahead.Piece, _: memoryview) -> None:
@@ -72,12 +95,15 @@ def test_it_ends_with_the_block(model: list[Path], monkeypatch: pytest.MonkeyPat
 
 
 def test_what_is_not_there_or_cannot_be_read_is_no_error(
-    model: list[Path], monkeypatch: pytest.MonkeyPatch
+    model: list[Wanted], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (model[0] / "a-00002.safetensors").unlink()
-    ahead._read((model[0] / "a-00002.safetensors", 0), memoryview(bytearray(10)))
-    with read_ahead([*model, model[0] / "nowhere"]):
+    folder = model[0].folder
+    (folder / "a-2.safetensors").unlink()
+    (folder / "a-3.safetensors").write_bytes(b"no weights")
+    ahead._read((folder / "a-2.safetensors", 0, 1), memoryview(bytearray(10)))
+    with read_ahead([*model, Wanted(folder / "nowhere")]):
         pass
+    assert len(list(pieces(model, 1 << 40))) == 4
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("M", (), {"available": 0}))
     with read_ahead(model):
         pass

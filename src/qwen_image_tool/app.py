@@ -16,7 +16,7 @@ from qwen_image_tool.errors import BadRequest, CannotRun, ToolError
 from qwen_image_tool.gallery.infotext import recalled
 from qwen_image_tool.rates import RateBook
 from qwen_image_tool.settings import Settings
-from qwen_image_tool.store.ahead import read_ahead
+from qwen_image_tool.store.ahead import Wanted, read_ahead
 from qwen_image_tool.store.library import Library
 from qwen_image_tool.store.places import Elsewhere, hugging_face_cache, other_programs
 from qwen_image_tool.types import (
@@ -311,8 +311,9 @@ class App:
         whose weights are read ahead while `reading` is open."""
         if self._engine is None or self._device is None or self._engine.installed != installed:
             self._forget_engine()
-            weights = (installed.folder / "text_encoder", installed.transformer)
-            reading.enter_context(read_ahead(weights))
+            # Last what a known prompt does without
+            layers = Wanted(installed.folder / "text_encoder", ".layers.")
+            reading.enter_context(read_ahead((Wanted(installed.transformer), layers)))
             from qwen_image_tool.engine.engine import Engine
             from qwen_image_tool.engine.probe import torch_facts
 

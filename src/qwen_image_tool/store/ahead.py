@@ -6,22 +6,33 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
+from qwen_image_tool.errors import ToolError
+from qwen_image_tool.store.headers import read_header
 from qwen_image_tool.store.links import weight_files
 
 PIECE = 8 << 20  # bytes of one read: soon done when the reading is to end
 READERS = 2  # threads; more do not raise an NVMe disk's rate
 SHARE = 0.5  # of the RAM that is available: what is loaded has to go there as well
-Piece = tuple[Path, int]
+Piece = tuple[Path, int, int]  # file, first byte, bytes
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The weights in `folder` whose names have `part` in them."""
+
+    folder: Path
+    part: str = ""
 
 
 @contextmanager
-def read_ahead(components: Sequence[Path]) -> Iterator[None]:
-    """While the block runs, read the weights in these folders in their order, until they fill half
-    of the RAM that is available. What can't be read is left to the loader, which says so."""
+def read_ahead(components: Sequence[Wanted]) -> Iterator[None]:
+    """While the block runs, read these weights in their order, until they fill half of the RAM that
+    is available. What can't be read is left to the loader, which says so."""
     ended, lock = threading.Event(), threading.Lock()
     waiting = pieces(components, int(psutil.virtual_memory().available * SHARE))
 
@@ -44,31 +55,48 @@ def read_ahead(components: Sequence[Path]) -> Iterator[None]:
         pool.shutdown()
 
 
-def pieces(components: Sequence[Path], limit: int) -> Iterator[Piece]:
-    """The weight files of these folders, piece by piece, of no more than `limit` bytes."""
-    files = [file for folder in components if folder.is_dir() for file in _files(folder)]
+def pieces(components: Sequence[Wanted], limit: int) -> Iterator[Piece]:
+    """These weights, piece by piece, of no more than `limit` bytes."""
     left = limit
-    for file, size in files:
-        for start in range(0, size, PIECE):
-            left -= min(PIECE, size - start)
-            if left < 0:
-                return
-            yield file, start
+    for wanted in components:
+        for file in _files(wanted.folder):
+            for start, end in _spans(file, wanted.part):
+                for at in range(start, end, PIECE):
+                    size = min(PIECE, end - at)
+                    left -= size
+                    if left < 0:
+                        return
+                    yield file, at, size
 
 
-def _files(folder: Path) -> list[tuple[Path, int]]:
-    found = weight_files(folder).values()
-    return [(file, file.stat().st_size) for file in found if file.is_file()]
+def _files(folder: Path) -> list[Path]:
+    return [*weight_files(folder).values()] if folder.is_dir() else []
+
+
+def _spans(file: Path, part: str) -> list[tuple[int, int]]:
+    """First byte, and one past the last, of what lies together."""
+    try:
+        tensors = read_header(file).tensors
+    except (OSError, ToolError):
+        return []
+    wanted = (tensor for name, tensor in tensors.items() if part in name)
+    found: list[tuple[int, int]] = []
+    for start, size in sorted((tensor.offset, tensor.bytes) for tensor in wanted):
+        if found and found[-1][1] == start:
+            found[-1] = found[-1][0], start + size
+        else:
+            found.append((start, start + size))
+    return found
 
 
 def _read(piece: Piece, buffer: memoryview) -> None:
-    path, start = piece
+    path, start, size = piece
     try:
         with path.open("rb", buffering=0) as file:
             if _is_cached(file.fileno(), start):
                 return
             file.seek(start)
-            file.readinto(buffer)
+            file.readinto(buffer[:size])
     except OSError:
         return
 
