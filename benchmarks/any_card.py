@@ -339,12 +339,13 @@ def cache_dit(options: argparse.Namespace) -> dict[str, Any]:
     from cache_dit.offload import layerwise_offload
 
     def place(pipe: Any) -> None:
-        # It moves single layers; of every block as many stay, beside 2 GiB on their way and the
-        # numbers of a step
-        count = len(pipe.transformer.transformer_blocks)
-        block = pipe.transformer.transformer_blocks[0]
-        layers = sum(any(True for _ in part.parameters(recurse=False)) for part in block.modules())
-        share = max(0.0, (options.cap - 6) * GIB / (count * block_bytes(pipe.transformer)))
+        # It moves single layers; of every block the first ones stay, as many as fit beside 2 GiB on
+        # their way and what a step takes (it runs out of memory with less than this)
+        blocks = pipe.transformer.transformer_blocks
+        leaves = [part for part in blocks[0].modules() if not [*part.children()]]
+        sizes = [sum(p.nbytes for p in leaf.parameters()) for leaf in leaves]
+        ends = itertools.accumulate(size for size in sizes if size)
+        stay = sum(end * len(blocks) <= (options.cap - 9) * GIB for end in ends)
         layerwise_offload(
             pipe.transformer,
             async_transfer=True,
@@ -352,8 +353,8 @@ def cache_dit(options: argparse.Namespace) -> dict[str, Any]:
             transfer_buckets=4,
             prefetch_limit=False,
             max_inflight_prefetch_bytes=2 * GIB,
-            persistent_buckets=int(share * layers) * count,
-            persistent_bins=count,
+            persistent_buckets=stay * len(blocks),
+            persistent_bins=len(blocks),
         )
 
     return rival(options, place)
@@ -511,10 +512,6 @@ def same_embeddings(cache: Path, scratch: Path) -> bool:
     return all(
         any(torch.equal(mine[:, -each.shape[1] :], each) for mine in kept) for each in theirs
     )
-
-
-def block_bytes(transformer: Any) -> int:
-    return sum(p.nbytes for p in transformer.transformer_blocks[0].parameters())
 
 
 def bus() -> float:

@@ -15,7 +15,7 @@ SLOW = HEAVY | {"gradio"}  # for a face to start
 # Lowest first; a module may import from its own line's left and from any line above.
 LEVELS = [
     ["errors", "types"],
-    ["files", "catalog", "settings", "logs", "decoding", "rates"],
+    ["files", "catalog", "settings", "logs", "decoding", "libraries", "rates"],
     ["device", "store", "database", "gallery", "jobs"],
     ["needs", "planner", "doctor", "gauges"],
     ["engine"],

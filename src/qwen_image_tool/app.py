@@ -14,6 +14,7 @@ from qwen_image_tool import __version__, device, doctor, gallery, planner, store
 from qwen_image_tool.catalog import Model, load_catalog
 from qwen_image_tool.errors import BadRequest, CannotRun, ToolError
 from qwen_image_tool.gallery.infotext import recalled
+from qwen_image_tool.libraries import LibraryFiles
 from qwen_image_tool.rates import RateBook
 from qwen_image_tool.settings import Settings
 from qwen_image_tool.store.ahead import Wanted, read_ahead
@@ -311,14 +312,18 @@ class App:
         whose weights are read ahead while `reading` is open."""
         if self._engine is None or self._device is None or self._engine.installed != installed:
             self._forget_engine()
+            libraries = LibraryFiles(self.settings.cache / "libraries.json", library_versions())
+            libraries.read()
             # Last what a known prompt does without
             layers = Wanted(installed.folder / "text_encoder", ".layers.")
             reading.enter_context(read_ahead((Wanted(installed.transformer), layers)))
             from qwen_image_tool.engine.engine import Engine
             from qwen_image_tool.engine.probe import torch_facts
 
+            facts = torch_facts()
+            libraries.remember()
             self._engine = Engine(installed, self.settings.cache, self._previews)
-            self._device = self._measured(device.probe(torch_facts()), emit, reading)
+            self._device = self._measured(device.probe(facts), emit, reading)
         return self._device
 
     def _forget_engine(self) -> None:

@@ -22,3 +22,12 @@ def replace_file(path: Path, data: bytes, private: bool = False) -> None:
     except BaseException:
         new.unlink(missing_ok=True)
         raise
+
+
+def is_cached(file: int, start: int) -> bool:
+    """Whether what is at byte `start` of an open file is in the system's cache; only Linux tells,
+    elsewhere it seems not to be."""
+    try:
+        return os.preadv(file, [bytearray(1)], start, os.RWF_NOWAIT) == 1
+    except (AttributeError, OSError):
+        return False

@@ -114,17 +114,18 @@ class Engine:
                 family, grid = parts.family, parts.token_grid(plan.working_size)
                 prompts = [p for p in (request.prompt, request.negative_prompt) if p is not None]
                 ids = parts.tokenize(prompts, request.truncate)
-
-            # 2. The prompts, as the transformer reads them
-            with watch.phase("encode"):
-                embeddings = parts.encode(ids, reader, watch)
-
-            # 3. What the schedule needs, and the rest of the weights
-            with watch.phase("load"):
+                known = parts.known(ids, reader)
                 timesteps = schedule(
                     parts.scheduler, request.steps, parts.sigmas, math.prod(grid), parts.device
                 )
                 forward = family.Forward(parts.transformer, timesteps, grid, reader)
+
+            # 2. The prompts, as the transformer reads them
+            with watch.phase("encode"):
+                embeddings = parts.encode(ids, known, reader, watch)
+
+            # 3. The rest of the weights
+            with watch.phase("load"):
                 conditions = [forward.condition(embedding) for embedding in embeddings]
                 cells = noise(request.seeds, parts.cell_shape(grid), parts.dtype)
                 latents = family.pack(cells).to(parts.device)
@@ -279,11 +280,30 @@ class _Parts:
         """Each prompt's token ids. Raises PromptTooLong."""
         return [self.tokenizer(prompt, self._prompt_limit, truncate) for prompt in prompts]
 
+    def known(self, prompts: list[list[int]], reader: weights.Reader) -> list[torch.Tensor | None]:
+        """The last hidden states of each prompt, of its token ids, from an earlier run. Where one
+        is new, the text encoder is loaded from here on."""
+        found = [self._known.get(ids) if self._known else None for ids in prompts]
+        if self._text_encoder is None and any(states is None for states in found):
+            self._text_encoder = text.TextEncoder(
+                self.family.TEXT_MODEL,
+                self.family.TEXT_NORMED,
+                self._text_folder,
+                self.plan.text_placement,
+                self.device,
+                self.dtype,
+                reader,
+            )
+        return found
+
     def encode(
-        self, prompts: list[list[int]], reader: weights.Reader, watch: "_Watch"
+        self,
+        prompts: list[list[int]],
+        known: list[torch.Tensor | None],
+        reader: weights.Reader,
+        watch: "_Watch",
     ) -> list[torch.Tensor]:
         """Each prompt's embeddings, [1, tokens, width], of its token ids."""
-        known = [self._known.get(ids) if self._known else None for ids in prompts]
         new = [ids for ids, states in zip(prompts, known, strict=True) if states is None]
         made = iter(self._read_prompts(new, reader, watch) if new else ())
         hidden = [next(made) if states is None else states.to(self.device) for states in known]
@@ -312,16 +332,7 @@ class _Parts:
     def _read_prompts(
         self, prompts: list[list[int]], reader: weights.Reader, watch: "_Watch"
     ) -> list[torch.Tensor]:
-        if self._text_encoder is None:
-            self._text_encoder = text.TextEncoder(
-                self.family.TEXT_MODEL,
-                self.family.TEXT_NORMED,
-                self._text_folder,
-                self.plan.text_placement,
-                self.device,
-                self.dtype,
-                reader,
-            )
+        assert self._text_encoder
         watch.wait(self._text_encoder.loading, reader)
         hidden = self._text_encoder.encode(prompts, reader)
         for ids, states in zip(prompts, hidden, strict=True):

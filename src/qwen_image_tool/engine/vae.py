@@ -14,6 +14,7 @@ from qwen_image_tool.types import Size
 # Latent cells, their mean and their deviation, to latent cells as the VAE reads them
 Unscale = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Rows = tuple[int, int]  # first, and one past the last
+INDEXED = 2**31 - 1  # bytes of a tensor that torch's kernels reduce at a time
 
 
 def scale(vae: Any) -> int:
@@ -200,15 +201,20 @@ class _Conv(_Layer):
 
 class _Norm(_Layer):
     """A pixel's channels over their root mean square. The sum of squares is made in float32
-    without a copy of the frame in float32. Source: QwenImageRMS_norm."""
+    without a copy of the frame in float32, except where torch would add the channels of the copy
+    part by part: then a `faithful` one makes it as well. Source: QwenImageRMS_norm."""
 
-    def __init__(self, norm: Any) -> None:
+    def __init__(self, norm: Any, faithful: bool = False) -> None:
         super().__init__()
         self.gamma = nn.Parameter(norm.gamma.view(-1, 1, 1), requires_grad=False)
         self.scale = norm.scale
+        self._faithful = faithful
 
     def forward(self, frame: torch.Tensor) -> torch.Tensor:
-        length = torch.linalg.vector_norm(frame, dim=1, keepdim=True, dtype=torch.float32)
+        in_parts = frame.numel() * torch.float32.itemsize > INDEXED
+        seen = frame.float() if self._faithful and in_parts else frame
+        length = torch.linalg.vector_norm(seen, dim=1, keepdim=True, dtype=torch.float32)
+        del seen
         unit = torch.div(frame, length.clamp_min_(1e-12), out=torch.empty_like(frame))
         return unit.mul_(self.scale).mul_(self.gamma)
 
@@ -218,8 +224,8 @@ class _Residual(_Part):
 
     def __init__(self, block: Any, faithful: bool) -> None:
         super().__init__()
-        self.norm1, self.conv1 = _Norm(block.norm1), _Conv(block.conv1, faithful)
-        self.norm2, self.conv2 = _Norm(block.norm2), _Conv(block.conv2, faithful)
+        self.norm1, self.conv1 = _Norm(block.norm1, faithful), _Conv(block.conv1, faithful)
+        self.norm2, self.conv2 = _Norm(block.norm2, faithful), _Conv(block.conv2, faithful)
         same = isinstance(block.conv_shortcut, nn.Identity)
         self.shortcut = None if same else _Conv(block.conv_shortcut, faithful)
         self._reach = self.conv1.padding[0] + self.conv2.padding[0]
@@ -322,7 +328,7 @@ class _Output(_Part):
 
     def __init__(self, norm: Any, conv: Any, faithful: bool) -> None:
         super().__init__()
-        self.norm, self.conv = _Norm(norm), _Conv(conv, faithful)
+        self.norm, self.conv = _Norm(norm, faithful), _Conv(conv, faithful)
 
     def forward(self, frame: torch.Tensor) -> torch.Tensor:
         return self.conv(_silu(self.norm(frame)))

@@ -1,7 +1,6 @@
 """A model's weights in the system's cache of files before they are loaded: the disk works while
 Python imports its libraries, and while what was read is computed with."""
 
-import os
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ from pathlib import Path
 import psutil
 
 from qwen_image_tool.errors import ToolError
+from qwen_image_tool.files import is_cached
 from qwen_image_tool.store.headers import read_header
 from qwen_image_tool.store.links import weight_files
 
@@ -93,17 +93,9 @@ def _read(piece: Piece, buffer: memoryview) -> None:
     path, start, size = piece
     try:
         with path.open("rb", buffering=0) as file:
-            if _is_cached(file.fileno(), start):
+            if is_cached(file.fileno(), start):
                 return
             file.seek(start)
             file.readinto(buffer[:size])
     except OSError:
         return
-
-
-def _is_cached(file: int, start: int) -> bool:
-    """Whether the piece from `start` on is there already; only Linux tells."""
-    try:
-        return os.preadv(file, [bytearray(1)], start, os.RWF_NOWAIT) == 1
-    except (AttributeError, OSError):
-        return False
