@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from torch._subclasses import FakeTensor
+from torch.nn import functional
 
 import tiny
 from qwen_image_tool.catalog import load_catalog
-from qwen_image_tool.engine import compiled, vae
+from qwen_image_tool.engine import attention, compiled, families, text, vae
 from qwen_image_tool.engine import denoise as denoising
 from qwen_image_tool.engine.engine import Engine, Run
+from qwen_image_tool.engine.weights import Reader
 from qwen_image_tool.errors import BrokenPicture, Cancelled, OutOfMemory
 from qwen_image_tool.store import locate
 from qwen_image_tool.types import (
@@ -86,6 +88,69 @@ def test_phases_and_steps_are_told_in_order(folder: Path, tmp_path: Path) -> Non
         assert set(run.seconds) == {"load", "encode", "denoise", "decode"}
         assert known or all(e.done_bytes <= e.total_bytes for e in events if isinstance(e, Loading))
     engine.release()
+
+
+def test_new_prompts_are_read_in_whole_tiles_where_cudnn_makes_a_plan_for_each_length(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On an H100; on another device as they are. The embeddings are the same."""
+    plain, lengths = functional.scaled_dot_product_attention, set()
+
+    def attend(queries: torch.Tensor, *others: Any, **how: Any) -> torch.Tensor:
+        if how.get("is_causal"):
+            lengths.add(queries.shape[2])
+        return plain(queries, *others, **how)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", attend)
+    assert attention.for_prompts(torch.device("cpu")) == "sdpa"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
+    assert attention.for_prompts(torch.device("cuda")) == "sdpa"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    tiles = attention.for_prompts(torch.device("cuda"))
+
+    def embed() -> list[torch.Tensor]:
+        lengths.clear()
+        model = families.family("qwen-image")
+        encoder = text.TextEncoder(
+            model.TEXT_MODEL,
+            model.TEXT_NORMED,
+            folder / "text_encoder",
+            Placement(blocks=2, resident=2),
+            torch.device("cpu"),
+            torch.float32,
+            Reader(),
+        )
+        with torch.inference_mode():
+            return encoder.encode([list(range(37)), list(range(3, 150))], Reader())
+
+    as_they_are = embed()
+    assert lengths == {37, 147}
+    monkeypatch.setattr(attention, "for_prompts", lambda _: tiles)
+    in_tiles = embed()
+    assert lengths == {128, 256}
+    for one, other in zip(in_tiles, as_they_are, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+def test_the_text_encoder_is_loaded_while_the_modulation_is_made(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only where a prompt is new."""
+    engine = Engine(locate(str(folder), load_catalog(), Path()), tmp_path)
+    kind = families.family("qwen-image").Forward
+    begun: list[bool] = []
+
+    def forward(*given: Any) -> Any:
+        assert engine._parts
+        begun.append(engine._parts._text_encoder is not None)
+        return kind(*given)
+
+    monkeypatch.setattr(families.family("qwen-image"), "Forward", forward)
+    draw(engine, [plan()], [])
+    engine.release()
+    draw(engine, [plan()], [])
+    engine.release()
+    assert begun == [True, False]
 
 
 def test_cancelling_at_any_time_leaves_the_memory_as_it_was(folder: Path) -> None:

@@ -102,6 +102,29 @@ def test_in_float32_only_roundings_differ(family: str) -> None:
     torch.testing.assert_close(pixels(model, latents).clamp(-1, 1), expected, rtol=0, atol=2e-5)
 
 
+@torch.inference_mode()
+def test_a_faithful_norm_of_a_large_frame_is_made_as_diffusers_makes_it(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a copy in float32, which torch's kernels for a GPU add part by part."""
+    norm = MAKE[family]().decoder.norm_out.bfloat16()
+    norm.gamma.data.normal_()
+    frame = torch.randn(1, norm.gamma.shape[0], 5, 7).bfloat16()
+    expected = norm(frame[:, :, None])[:, :, 0]
+    plain: Any = torch.linalg.vector_norm
+    copied: list[bool] = []
+
+    def vector_norm(seen: torch.Tensor, **how: Any) -> Any:
+        copied.append(seen.dtype == torch.float32)
+        return plain(seen, **how)
+
+    monkeypatch.setattr(torch.linalg, "vector_norm", vector_norm)
+    for limit, faithful in ((1, False), (frame.numel() * 4, True), (frame.numel() * 4 - 1, True)):
+        monkeypatch.setattr(vae, "INDEXED", limit)
+        assert torch.equal(vae._Norm(norm, faithful)(frame), expected)
+    assert copied == [False, False, True]
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_strips_give_the_same_picture(pair: tuple[Any, Any], shape: tuple[int, int]) -> None:
     _, ours = pair
