@@ -71,10 +71,15 @@ def test_nothing_is_read_where_the_largest_is_in_the_cache(
     files.remember()
     monkeypatch.setattr(libraries, "is_cached", lambda _file, _start: True)
     files.read()
-    monkeypatch.delattr(os, "RWF_NOWAIT")
-    monkeypatch.setattr(libraries, "is_cached", lambda _file, _start: False)
-    files.read()
     assert not read
+
+
+def test_no_list_is_kept_where_the_system_does_not_tell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "RWF_NOWAIT", raising=False)
+    LibraryFiles(tmp_path / "libraries.json", VERSIONS).remember()
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_list_that_is_broken_or_cannot_be_written_is_no_error(

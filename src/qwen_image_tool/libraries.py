@@ -24,7 +24,7 @@ USED = 0.5  # of a shared library: one that is used less is left to the system
 
 class LibraryFiles:
     """The files that an import read the last time, kept in the file `path`; another list for other
-    `versions`. Only Linux tells what is in its cache: elsewhere nothing is read."""
+    `versions`. Only Linux tells what is in its cache: elsewhere no list is kept."""
 
     def __init__(self, path: Path, versions: Mapping[str, str]) -> None:
         self._path, self._versions = path, dict(versions)
@@ -32,14 +32,14 @@ class LibraryFiles:
     def read(self) -> None:
         """Bring them into the system's cache of files, unless the largest is there already."""
         files = self._known()
-        if not files or not hasattr(os, "RWF_NOWAIT") or _is_there(files[0]):
+        if not files or _is_there(files[0]):
             return
         with ThreadPoolExecutor(READERS, thread_name_prefix="libraries") as pool:
             list(pool.map(_read_through, files))
 
     def remember(self) -> None:
         """That they are those which this process has loaded by now."""
-        if self._known():
+        if self._known() or not hasattr(os, "RWF_NOWAIT"):
             return
         files = sorted(_modules() | _shared_libraries(), key=lambda file: -file.stat().st_size)
         kept = {"versions": self._versions, "files": [str(file) for file in files]}
