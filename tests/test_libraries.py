@@ -78,8 +78,9 @@ def test_no_list_is_kept_where_the_system_does_not_tell(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(os, "RWF_NOWAIT", raising=False)
-    LibraryFiles(tmp_path / "libraries.json", VERSIONS).remember()
-    assert not [*tmp_path.iterdir()]
+    path = tmp_path / "libraries.json"
+    LibraryFiles(path, VERSIONS).remember()
+    assert not path.exists()
 
 
 def test_a_list_that_is_broken_or_cannot_be_written_is_no_error(
