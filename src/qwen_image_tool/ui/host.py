@@ -10,14 +10,12 @@ import gc
 import logging
 from typing import TYPE_CHECKING
 
-from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.responses import HTMLResponse, JSONResponse
-from starlette.routing import Mount
-from starlette.staticfiles import StaticFiles
 
 from qwen_image_tool.server.plain import Language, language_of
 from qwen_image_tool.service import Service
+from qwen_image_tool.ui.frontend import ASSETS, Frontend
 from qwen_image_tool.ui.start import READY_PATH, start_page
 from qwen_image_tool.ui.words import load_words
 
@@ -26,7 +24,6 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
 PATIENCE = 20.0  # seconds that one question whether the page is ready may wait
-ASSETS = "/assets"  # Gradio's scripts and styles
 _log = logging.getLogger(__name__)
 
 
@@ -39,10 +36,7 @@ class Page:
         self._loading: dict[Language, asyncio.Task[FastAPI]] = {}
         self._lives = contextlib.AsyncExitStack()
         self._building = asyncio.Lock()  # Gradio knows one page under construction, not two
-        # As they lie on disk, and before Gradio is loaded: Gradio compresses each file at each
-        # load, which takes longer than sending it to this computer
-        files = StaticFiles(packages=[("gradio", "templates/frontend/assets")])
-        self._assets = Starlette(routes=[Mount(ASSETS, files)])
+        self._frontend = Frontend()
 
     async def start(self) -> None:
         if self._at_once:
@@ -55,7 +49,7 @@ class Page:
 
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
         if scope["path"].startswith(f"{ASSETS}/"):
-            await self._assets(scope, receive, send)
+            await self._frontend(scope, receive, send)
             return
         language = language_of(Headers(scope=scope))
         loading = self._app(language)
