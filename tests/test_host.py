@@ -64,6 +64,7 @@ def test_scripts_come_without_gradio(monkeypatch: pytest.MonkeyPatch) -> None:
         whole = await http.get(f"/assets/{name}")
         assert whole.content == (folder / "assets" / name).read_bytes()
         assert "content-encoding" not in whole.headers
+        assert whole.headers["content-type"].startswith("text/javascript")
         for nowhere in (
             "/assets/nothing.js",
             "/assets/%2e%2e/index.html",

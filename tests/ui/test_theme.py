@@ -38,7 +38,7 @@ def test_the_palette_is_the_only_place_with_colours() -> None:
     assert re.findall(r":[^;{]*#[0-9a-f]{3,8}\b", style) == []
     used = set(re.findall(r"var\(--qit-([a-z-]+)\)", style))
     assert used <= set(PALETTE)
-    for page in (plain_page("en", ""), start_page(load_words("en"))):
+    for page in (plain_page("en", ""), start_page(load_words("en"), ())):
         used = set(re.findall(r"var\(--([a-z-]+)\)", page))
         assert used
         assert used <= set(PALETTE)

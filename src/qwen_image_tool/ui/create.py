@@ -2,6 +2,7 @@
 
 import asyncio
 import secrets
+import threading
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -149,12 +150,19 @@ class Create:
         kit.on_act(show, self._act, outputs=[*whole, kit.tabs, kit.wanted])
         kit.on_act(guide, self._guided, outputs=[*whole, kit.tabs, kit.wanted])
         stage_parts = [show, stop, guide, model, plan, seen]
-        kit.on([kit.opened, kit.clock.tick], self._look, [seen, *fields], stage_parts)
-        kit.on(tab.select, self._anew, fields, [model, plan])
+        kit.on(kit.clock.tick, self._look, [seen, *fields], stage_parts)
+        # Also when the page opens: the memory that is free and the models may be others by now
+        kit.on(tab.select, lambda *values: self._look(None, *values), fields, stage_parts)
         kit.on_wanted("create", self._wanted, whole, fields)
         opened = kit.on(kit.opened, self._open, outputs=whole)
-        opened.then(None, js="() => document.body.classList.add('qit-open')")
+        is_open = "() => document.body.classList.add('qit-open')"
+        opened.then(self._ask_torch, js=is_open, queue=False, api_visibility="private")
         gr.api(self.generate, api_name="generate", concurrency_limit=None)
+
+    def _ask_torch(self) -> None:
+        """What this computer can do takes seconds to find out: begun when the page is there, so
+        that it does not slow it."""
+        threading.Thread(target=self._kit.service.device, name="device", daemon=True).start()
 
     # The form
 

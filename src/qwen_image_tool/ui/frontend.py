@@ -13,13 +13,17 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
 ASSETS = "/assets"
+AHEAD = Path(__file__).parent / "frontend.txt"  # what the page needs to open, in one Gradio
 # Windows' registry may call a script text/plain, and no browser would run it
 KINDS = {".js": "text/javascript", ".css": "text/css"}
 
 
 class Frontend:
     """The files as they lie on disk: Gradio compresses each at each load, which takes longer than
-    sending it to this computer. They are small, so each is read in the event loop at one go."""
+    sending it to this computer. They are small, so each is read in the event loop at one go.
+
+    `ahead`: the paths of those that the page needs to open; of another Gradio fewer are known.
+    """
 
     def __init__(self) -> None:
         """Raises ModuleNotFoundError where Gradio is not installed."""
@@ -28,6 +32,8 @@ class Frontend:
             raise ModuleNotFoundError("gradio is not installed")
         folder = Path(found.origin).parent / "templates/frontend"
         self._files = {path.name: path for path in (folder / "assets").iterdir()}
+        wanted = AHEAD.read_text(encoding="utf-8").split()
+        self.ahead = [f"{ASSETS}/{name}" for name in wanted if name in self._files]
         self._router = Router([Route(f"{ASSETS}/{{name}}", self._send)])
 
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:

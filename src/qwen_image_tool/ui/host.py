@@ -57,7 +57,8 @@ class Page:
             await (await _readiness(loading))(scope, receive, send)
         elif scope["path"] == "/" and not (loading.done() and not loading.exception()):
             self._app(language, again=True)
-            await HTMLResponse(start_page(load_words(language)))(scope, receive, send)
+            page = start_page(load_words(language), self._frontend.ahead)
+            await HTMLResponse(page)(scope, receive, send)
         else:
             await (await asyncio.shield(loading))(scope, receive, send)
 

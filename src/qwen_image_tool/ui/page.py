@@ -2,7 +2,6 @@
 
 import json
 import os
-import threading
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -83,18 +82,7 @@ def blocks(service: Service, t: Words) -> gr.Blocks:
             with gr.Tab(t("Settings"), id="settings", elem_id="qit-settings-tab") as tab:
                 settings.build(kit, tab)
         album.listen_for_files(kit, file)
-        _ask_torch(kit)
     return made
-
-
-def _ask_torch(kit: Kit) -> None:
-    """What this computer can do takes seconds to find out: begun when the page is there, so that it
-    does not slow it."""
-
-    def ask() -> None:
-        threading.Thread(target=kit.service.device, name="device", daemon=True).start()
-
-    kit.on(kit.opened, ask)
 
 
 def _header() -> str:

@@ -51,7 +51,6 @@ def build(kit: Kit, tab: gr.Tab) -> None:
         programs = kit.html(elem_id="qit-programs")
 
     def fill() -> list[Any]:
-        """Once, when the page opens: later it could write over what somebody types."""
         found = load_settings()
         return [_shown(t, name, field, found) for name, field in FIELDS.items()]
 
@@ -66,7 +65,13 @@ def build(kit: Kit, tab: gr.Tab) -> None:
             programs_html(t, where),
         )
 
+    def look(filled: bool) -> tuple[Any, ...]:
+        """The form only once: later it could write over what somebody types."""
+        form = [gr.skip() for _ in fields] if filled else fill()
+        return (True, *form, *show())
+
     outputs = [model, waits, others, programs]
+    filled = gr.State(False)
 
     def keep(*values: Any) -> tuple[Any, ...]:
         changes = changes_of(values, load_settings())
@@ -79,8 +84,7 @@ def build(kit: Kit, tab: gr.Tab) -> None:
         Password(service.data).set(word)
         return ("", *show())
 
-    kit.on(kit.opened, fill, outputs=fields)
-    kit.on(tab.select, show, outputs=outputs)
+    kit.on(tab.select, look, [filled], [filled, *fields, *outputs])
     kit.on(save.click, keep, fields, [*fields, *outputs], here_only=True)
     pressed = [set_password.click, password.submit]
     kit.on(pressed, protect, [password], [password, *outputs], here_only=True)

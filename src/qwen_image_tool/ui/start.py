@@ -1,7 +1,8 @@
-"""What is shown while Gradio is loaded: one small page without anything else to fetch."""
+"""What is shown while Gradio is loaded: one small page that needs nothing else to be seen."""
 
 import html
 import json
+from collections.abc import Sequence
 
 from qwen_image_tool.server.plain import plain_page
 from qwen_image_tool.ui.words import Words
@@ -9,8 +10,9 @@ from qwen_image_tool.ui.words import Words
 READY_PATH = "/page/ready"
 
 
-def start_page(t: Words) -> str:
-    """It waits for READY_PATH, then becomes the page."""
+def start_page(t: Words, ahead: Sequence[str]) -> str:
+    """It waits for READY_PATH, then becomes the page. Meanwhile the browser fetches and reads the
+    scripts and styles at the paths `ahead`, which it keeps."""
     said = {
         "failed": t("The page can't be loaded: {error}", error="%s"),
         "gone": t("QwenImageTool has ended. Start it again with: ./qit ui"),
@@ -21,6 +23,7 @@ def start_page(t: Words) -> str:
         repair=html.escape(t("Run ./qit setup (Windows: qit setup), then try again.")),
         again=html.escape(t("Try again")),
         ready=READY_PATH,
+        ahead=json.dumps(ahead),
         said=json.dumps(said).replace("<", "\\u003c"),
     )
     return plain_page(t.language, body, _STYLE)
@@ -52,5 +55,12 @@ async function wait() {{
     if (answer.failure) return stop(said.failed.replace('%s', answer.failure), true);
   }}
 }}
+function prepare(path) {{
+  if (!path.endsWith('.js')) return fetch(path).catch(() => {{}});
+  const link = document.createElement('link');
+  document.head.append(Object.assign(link, {{rel: 'modulepreload', href: path}}));
+}}
+// Not before this page is painted
+requestAnimationFrame(() => setTimeout(() => {ahead}.forEach(prepare), 100));
 wait().catch(() => stop(said.gone, false));
 </script>"""
