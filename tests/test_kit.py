@@ -1,4 +1,4 @@
-"""What every tab is made with: who may do what only this computer may."""
+"""What every tab is made with: who may do what only this computer may; words as HTML."""
 
 from types import SimpleNamespace
 from typing import Any, cast
@@ -8,6 +8,7 @@ import pytest
 from qwen_image_tool.errors import BadRequest
 from qwen_image_tool.server.run import own_addresses
 from qwen_image_tool.ui import kit
+from qwen_image_tool.ui.words import load_words
 
 
 def asked_by(host: str) -> Any:
@@ -24,3 +25,9 @@ def test_this_computer_may(host: str) -> None:
 def test_another_computer_may_not(host: str) -> None:
     with pytest.raises(BadRequest, match="only on the computer that QwenImageTool runs on"):
         asked_by(host)()
+
+
+def test_what_stands_in_backticks_is_code() -> None:
+    said = "`qit models get <name> --force` fetches it & no ` else."
+    as_html = "<code>qit models get &lt;name&gt; force</code> fetches it &amp; no ` else."
+    assert kit.told(load_words("en"), said) == as_html

@@ -17,6 +17,7 @@ from qwen_image_tool.ui.kit import (
     size_text,
     text,
     time_text,
+    told,
 )
 from qwen_image_tool.ui.shelf import ACTIONS, Book, Question, Shelf
 from qwen_image_tool.ui.words import Words
@@ -118,7 +119,7 @@ def _why(t: Words, book: Book, now: Shelf, is_best: bool) -> str:
     if is_best and now.best:
         return _soft(sentence(t, now.best.reason))
     if needs and not needs["runs"]:
-        return f'<p class="warn">{text(sentence(t, needs["reason"]))}</p>'
+        return f'<p class="warn">{told(t, needs["reason"])}</p>'
     return ""
 
 
@@ -182,13 +183,13 @@ def _progress(t: Words, transfer: Transfer) -> str:
 
 
 def _notes(t: Words, transfer: Transfer) -> str:
-    said = "".join(f"<li>{text(sentence(t, note))}</li>" for note in transfer.notes)
+    said = "".join(f"<li>{told(t, note)}</li>" for note in transfer.notes)
     return f'<ul class="qit-why">{said}</ul>' if said else ""
 
 
 def _ended(t: Words, book: Book, transfer: Transfer) -> str:
     if transfer.faults:
-        found = "".join(f"<li>{text(sentence(t, each.message))}</li>" for each in transfer.faults)
+        found = "".join(f"<li>{told(t, each.message)}</li>" for each in transfer.faults)
         if transfer.action == "repair":
             return f'<div class="qit-work"><p>{text(t("Mended:"))}</p><ul>{found}</ul></div>'
         absent = any(each.path in book.model.components for each in transfer.faults)

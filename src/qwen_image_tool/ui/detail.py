@@ -9,7 +9,7 @@ from qwen_image_tool.gallery import ImageInfo
 from qwen_image_tool.gallery.index import Picture
 from qwen_image_tool.gallery.series import VARIED
 from qwen_image_tool.types import Mode, Request
-from qwen_image_tool.ui.kit import button, picture_url, sentence, size_text, text
+from qwen_image_tool.ui.kit import button, picture_url, size_text, text, told
 from qwen_image_tool.ui.words import Words
 
 MODES = get_args(Mode)
@@ -188,8 +188,7 @@ def _settings(rows: Sequence[tuple[str, str]]) -> str:
 
 def _how(t: Words, info: ImageInfo) -> str:
     reasons = "".join(
-        f"<li>{text(sentence(t, reason))}</li>"
-        for reason in (info.plan.reasons if info.plan else ())
+        f"<li>{told(t, reason)}</li>" for reason in (info.plan.reasons if info.plan else ())
     )
     how = f"<details><summary>{text(t('How it was run'))}</summary><ul>{reasons}</ul></details>"
     return how if reasons else ""

@@ -207,6 +207,16 @@ def sentence(t: Words, said: str) -> str:
     return t.known(re.sub(r"(?<!\S)--(?=[a-z])", "", said))
 
 
+def told(t: Words, said: str) -> str:
+    """A `sentence` as HTML."""
+    return marked(sentence(t, said))
+
+
+def marked(said: str) -> str:
+    """Words as HTML: what stands in backticks is code."""
+    return re.sub("`([^`]+)`", r"<code>\1</code>", text(said))
+
+
 def picture_url(picture: str) -> str:
     """Of a picture's file; with ?download=true it is saved."""
     return f"/api/gallery/{picture}/file"
@@ -233,17 +243,17 @@ def button(label: str, do: str, kind: str = "", title: str = "", **data: object)
 def failure_card(t: Words, failure: Failure, buttons: str = "") -> str:
     """What happened, what to do, what was kept."""
     return (
-        f'<div class="qit-card bad" role="alert"><p><strong>{text(sentence(t, failure.message))}'
-        f"</strong></p><p>{text(sentence(t, failure.hint))}</p>"
-        f'<p class="soft">{text(sentence(t, failure.kept))}</p>{row(buttons)}</div>'
+        f'<div class="qit-card bad" role="alert"><p><strong>{told(t, failure.message)}'
+        f"</strong></p><p>{told(t, failure.hint)}</p>"
+        f'<p class="soft">{told(t, failure.kept)}</p>{row(buttons)}</div>'
     )
 
 
 def toast(t: Words, failure: Failure) -> str:
     """What a button could not do. page.js takes it away with the next press."""
-    what, then = sentence(t, failure.message), sentence(t, failure.hint)
+    what, then = told(t, failure.message), told(t, failure.hint)
     close = button("×", "close", "plain", title=t("Close"))
-    said = f"<p><strong>{text(what)}</strong> {text(then)}</p>"
+    said = f"<p><strong>{what}</strong> {then}</p>"
     again = f'data-at="{time.time_ns()}"'  # the same words a second time are news too
     return f'<div class="qit-toast qit-card bad" role="alert" {again}>{said}{close}</div>'
 

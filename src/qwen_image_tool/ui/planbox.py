@@ -7,10 +7,10 @@ from qwen_image_tool.ui.kit import (
     fact,
     memory_text,
     meter,
-    sentence,
     size_text,
     text,
     time_text,
+    told,
 )
 from qwen_image_tool.ui.words import Words
 
@@ -29,7 +29,7 @@ def plan_box(
     if to_fetch:
         needs.append(fact(t("To download"), size_text(to_fetch)))
     get = button(t("Get this model"), "get", "primary", model=model) if to_fetch else ""
-    reasons = "".join(f"<li>{text(sentence(t, reason))}</li>" for reason in plan.reasons)
+    reasons = "".join(f"<li>{told(t, reason)}</li>" for reason in plan.reasons)
     return _box(
         t, f'<dl class="qit-needs">{"".join(needs)}</dl><ul class="qit-why">{reasons}</ul>{get}'
     )
@@ -43,7 +43,7 @@ def refused_box(t: Words, error: ToolError) -> str:
     """Why the request can't run as it stands; running anyway is offered where that can be tried."""
     anyway = isinstance(error, CannotRun)
     more = f'<div class="qit-row">{button(t("Run anyway"), "anyway")}</div>' if anyway else ""
-    what, then = text(sentence(t, error.message)), text(sentence(t, error.hint))
+    what, then = told(t, error.message), told(t, error.hint)
     said = f"<p><strong>{what}</strong></p><p>{then}</p>"
     return f'<div class="qit-card warn qit-plan">{said}{more}</div>'
 

@@ -9,7 +9,16 @@ from qwen_image_tool.feed import QueueState
 from qwen_image_tool.jobs import ENDED, Job
 from qwen_image_tool.progress import Progress
 from qwen_image_tool.service import Service
-from qwen_image_tool.ui.kit import Kit, button, failure_card, picture_url, sentence, text, time_text
+from qwen_image_tool.ui.kit import (
+    Kit,
+    button,
+    failure_card,
+    marked,
+    picture_url,
+    sentence,
+    text,
+    time_text,
+)
 from qwen_image_tool.ui.stage import phase_text
 from qwen_image_tool.ui.words import Words
 
@@ -111,7 +120,7 @@ def _state(t: Words, now: Board) -> str:
 
 def _bar(said: str, buttons: str) -> str:
     row = f'<div class="qit-row">{buttons}</div>'
-    return f'<div class="qit-board-state"><p class="soft">{text(said)}</p>{row}</div>'
+    return f'<div class="qit-board-state"><p class="soft">{marked(said)}</p>{row}</div>'
 
 
 def _counted(name: str, count: int) -> str:
@@ -183,6 +192,6 @@ def _row(
         f'<li class="{job.state}" data-job="{job.id}"><span class="qit-thumb">{image}</span>'
         f'<div class="qit-job"><p>{text(request.prompt)}</p>'
         f'<p class="soft">{text(" · ".join(facts))}</p>'
-        f'<p class="{"bad" if bad else "soft"}">{text(said)}</p>{more}</div>'
+        f'<p class="{"bad" if bad else "soft"}">{marked(said)}</p>{more}</div>'
         f'<div class="qit-row">{buttons}</div></li>'
     )

@@ -18,6 +18,7 @@ from qwen_image_tool.ui.kit import (
     size_text,
     text,
     time_text,
+    told,
 )
 from qwen_image_tool.ui.words import Words
 
@@ -221,7 +222,7 @@ def _interrupted(t: Words, job: Job) -> str:
 
 def _caption(t: Words, job: Job) -> str:
     reasons = "".join(
-        f"<li>{text(sentence(t, reason))}</li>" for reason in (job.plan.reasons if job.plan else ())
+        f"<li>{told(t, reason)}</li>" for reason in (job.plan.reasons if job.plan else ())
     )
     how = f"<details><summary>{text(t('How it runs'))}</summary><ul>{reasons}</ul></details>"
     return f'<p class="qit-prompt">{text(job.request.prompt)}</p>{how if reasons else ""}'

@@ -21,8 +21,8 @@ from qwen_image_tool.ui.kit import (
     memory_text,
     meter,
     row,
-    sentence,
     text,
+    told,
 )
 from qwen_image_tool.ui.words import Words
 
@@ -176,11 +176,11 @@ def checks_html(t: Words, checks: tuple[Check, ...]) -> str:
 
 def _check(t: Words, one: Check) -> str:
     words = {"pass": t("fine"), "warn": t("warning"), "fail": t("problem")}
-    step = f"<p>{text(sentence(t, one.next_step))}</p>" if one.next_step else ""
+    step = f"<p>{told(t, one.next_step)}</p>" if one.next_step else ""
     return (
         f'<li class="{one.status}"><span role="img" aria-label="{text(words[one.status])}">'
         f"{SIGNS[one.status]}</span><div><strong>{text(t.known(one.name))}</strong>"
-        f'<p class="soft">{text(sentence(t, one.finding))}</p>{step}</div></li>'
+        f'<p class="soft">{told(t, one.finding)}</p>{step}</div></li>'
     )
 
 
