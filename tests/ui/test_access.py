@@ -52,6 +52,39 @@ def test_axe_finds_nothing_grave(site: Site, look: str) -> None:
             assert visit.overflow() == 0, tab
 
 
+@pytest.mark.usefixtures("calm")
+@pytest.mark.parametrize("look", LOOKS)
+def test_axe_finds_nothing_grave_in_a_picture_and_in_comparisons(site: Site, look: str) -> None:
+    for steps in (2, 3):
+        body = {"model": "practice", "prompt": "to compare", "size": "256x256", "seed": 5}
+        site.http.post("/api/jobs", json=body | {"steps": steps})
+    site.settle()
+    with site.visit(**LOOKS[look] | {"viewport": DESKTOP}) as visit:
+        show(visit, "Gallery")
+        visit.page.set_viewport_size(LOOKS[look]["viewport"])
+        pictures = visit.page.locator(".qit-tiles li[data-picture]")
+        pictures.first.locator(".qit-tile").click()
+        looked_at(visit, ".qit-detail", f"detail-{look}")
+        visit.press("Back")
+        for place in (0, 1):
+            pictures.nth(place).hover()
+            pictures.nth(place).locator("[data-pick]").check()
+        visit.press("Before / after")
+        looked_at(visit, "[role=slider], input[type=range]", f"slider-{look}")
+        visit.press("Back")
+        visit.press("Compare in a table")
+        looked_at(visit, ".qit-table.pictures", f"table-{look}")
+
+
+def looked_at(visit: Visit, shown: str, name: str) -> None:
+    """By axe, as a whole."""
+    expect(visit.page.locator(shown).first).to_be_visible()
+    visit.page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
+    visit.shot(name)
+    assert findings(visit.page) == [], name
+    assert visit.overflow() == 0, name
+
+
 def test_models_by_keyboard(site: Site) -> None:
     """A fold opens by Enter, stays open and focused when the shelf is drawn anew."""
     with site.visit() as visit:
