@@ -109,14 +109,16 @@ def run(options: argparse.Namespace, worker: str, cap: float, mode: str) -> dict
     command = [sys.executable, __file__, str(options.folder), *given]
     try:
         done = subprocess.run(
-            command, stdout=subprocess.PIPE, timeout=options.timeout, check=False, text=True
+            command, capture_output=True, timeout=options.timeout, check=False, text=True
         )
     except subprocess.TimeoutExpired:
         return {"error": f"took more than {options.timeout:.0f} s"}
+    print(done.stderr, file=sys.stderr, end="")
     try:
         found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     except (IndexError, ValueError):
-        return {"error": f"exit code {done.returncode}"}
+        [*_, why] = ["", *done.stderr.strip().splitlines()]
+        return {"error": f"exit code {done.returncode}: {why[:100]}"}
     return found
 
 
