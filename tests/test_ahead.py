@@ -46,6 +46,12 @@ def test_what_is_wanted_comes_in_its_order(model: list[Wanted]) -> None:
         assert path.read_bytes()[start : start + size] == b"\x01" * size
 
 
+def test_what_may_not_be_needed_comes_last(model: list[Wanted]) -> None:
+    folder = model[0].folder
+    order = [Wanted(folder, without="b"), Wanted(folder, "b")]
+    assert [size for _, _, size in pieces(order, 1 << 40)] == [PIECE, PIECE, 5, 7]
+
+
 def test_it_keeps_to_its_part_of_the_memory(model: list[Wanted]) -> None:
     assert len(list(pieces(model, 2 * PIECE + 22))) == 4
     assert not list(pieces(model, 5))

@@ -314,9 +314,7 @@ class App:
             self._forget_engine()
             libraries = LibraryFiles(self.settings.cache / "libraries.json", library_versions())
             libraries.read()
-            # Last what a known prompt does without
-            layers = Wanted(installed.folder / "text_encoder", ".layers.")
-            reading.enter_context(read_ahead((Wanted(installed.transformer), layers)))
+            reading.enter_context(read_ahead(_wanted(installed)))
             from qwen_image_tool.engine.engine import Engine
             from qwen_image_tool.engine.probe import torch_facts
 
@@ -407,6 +405,16 @@ def made_otherwise(original: gallery.ImageInfo, result: Result) -> str:
     if original.plan and original.plan.dtype != result.plan.dtype:
         changes.append(original.plan.dtype)
     return ", ".join(changes)
+
+
+def _wanted(installed: store.Installed) -> tuple[Wanted, ...]:
+    """What a run reads; last what a known prompt and a known schedule do without."""
+    modulation = "_mod."  # of the 20B family's blocks
+    return (
+        Wanted(installed.transformer, without=modulation),
+        Wanted(installed.folder / "text_encoder", ".layers."),
+        Wanted(installed.transformer, modulation),
+    )
 
 
 def library_versions() -> dict[str, str]:

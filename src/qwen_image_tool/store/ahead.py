@@ -23,10 +23,14 @@ Piece = tuple[Path, int, int]  # file, first byte, bytes
 
 @dataclass(frozen=True)
 class Wanted:
-    """The weights in `folder` whose names have `part` in them."""
+    """The weights in `folder` whose names have `part` in them, and not `without` where that is given."""
 
     folder: Path
     part: str = ""
+    without: str = ""
+
+    def has(self, name: str) -> bool:
+        return self.part in name and not (self.without and self.without in name)
 
 
 @contextmanager
@@ -60,7 +64,7 @@ def pieces(components: Sequence[Wanted], limit: int) -> Iterator[Piece]:
     left = limit
     for wanted in components:
         for file in _files(wanted.folder):
-            for start, end in _spans(file, wanted.part):
+            for start, end in _spans(file, wanted):
                 for at in range(start, end, PIECE):
                     size = min(PIECE, end - at)
                     left -= size
@@ -73,15 +77,15 @@ def _files(folder: Path) -> list[Path]:
     return [*weight_files(folder).values()] if folder.is_dir() else []
 
 
-def _spans(file: Path, part: str) -> list[tuple[int, int]]:
+def _spans(file: Path, wanted: Wanted) -> list[tuple[int, int]]:
     """First byte, and one past the last, of what lies together."""
     try:
         tensors = read_header(file).tensors
     except (OSError, ToolError):
         return []
-    wanted = (tensor for name, tensor in tensors.items() if part in name)
+    places = sorted((t.offset, t.bytes) for name, t in tensors.items() if wanted.has(name))
     found: list[tuple[int, int]] = []
-    for start, size in sorted((tensor.offset, tensor.bytes) for tensor in wanted):
+    for start, size in places:
         if found and found[-1][1] == start:
             found[-1] = found[-1][0], start + size
         else:
