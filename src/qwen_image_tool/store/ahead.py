@@ -23,7 +23,7 @@ Piece = tuple[Path, int, int]  # file, first byte, bytes
 
 @dataclass(frozen=True)
 class Wanted:
-    """The weights in `folder` whose names have `part` in them, and not `without` where that is given."""
+    """The weights in `folder` whose names have `part` in them, and not `without`, if given."""
 
     folder: Path
     part: str = ""
