@@ -342,7 +342,7 @@ def cache_dit(options: argparse.Namespace) -> dict[str, Any]:
 
     def place(pipe: Any) -> None:
         # It moves single layers; of every block the first ones stay, as many as fit beside 2 GiB on
-        # their way and what a step takes (it runs out of memory with less than this)
+        # their way and what a step takes
         blocks = pipe.transformer.transformer_blocks
         leaves = [part for part in blocks[0].modules() if not [*part.children()]]
         sizes = [sum(p.nbytes for p in leaf.parameters()) for leaf in leaves]

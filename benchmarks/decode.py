@@ -26,11 +26,10 @@ from diffusers import AutoencoderKLQwenImage, AutoencoderKLQwenImage21
 
 from qwen_image_tool.catalog import Family
 from qwen_image_tool.catalog.costs import load_costs
-from qwen_image_tool.decoding import DECODINGS
+from qwen_image_tool.decoding import DECODINGS, most_strips
 from qwen_image_tool.device import cpu_name
 from qwen_image_tool.engine import vae
 from qwen_image_tool.engine.probe import torch_facts
-from qwen_image_tool.needs import MIN_STRIP, MOST_STRIPS
 from qwen_image_tool.types import Size
 from sections import PAGE, write_section
 
@@ -123,7 +122,7 @@ class Bench:
         decoding, costs = DECODINGS[self.family], load_costs()
         weights = sum(p.numel() * p.element_size() for p in self.ours.parameters())
         left = cap * GIB - weights - costs.workspace_bytes
-        most = min(MOST_STRIPS, self.size.height // MIN_STRIP)
+        most = most_strips(self.size)
         found = decoding.strips(self.size, int(left / costs.families[self.family].decode_slack))
         return min(found or most, most)
 

@@ -4,6 +4,13 @@ from dataclasses import dataclass
 
 from qwen_image_tool.types import Size
 
+MOST_STRIPS, MIN_STRIP = 10, 64  # and pixel rows: in thinner ones most work is done twice
+
+
+def most_strips(size: Size) -> int:
+    """In how many a picture is decoded at most."""
+    return max(1, min(MOST_STRIPS, size.height // MIN_STRIP))
+
 
 @dataclass(frozen=True)
 class Stage:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qwen_image_tool.catalog.costs import load_costs
-from qwen_image_tool.decoding import DECODINGS
+from qwen_image_tool.decoding import DECODINGS, most_strips
 from qwen_image_tool.store import Blocks, Installed
 from qwen_image_tool.types import Device, PhaseName, PhaseNeed, Placement, Rates, Request
 
@@ -19,7 +19,6 @@ BYTES_PER_TOKEN = 3  # of a prompt in UTF-8: fewer than in most languages, so mo
 PIXEL_RAM = 32  # bytes a pixel, from the decoder's numbers to a PNG
 PASSING = 2  # buffers that weights pass through on their way to where they stay
 REACH_PIXELS = 60  # rows that it computes more on each side, over all sizes
-MOST_STRIPS, MIN_STRIP = 10, 64  # and pixel rows: in thinner ones most work is done twice
 # What a device computes in the time of one byte from its memory, where that was not measured
 CPU_FLOP_PER_BYTE, GPU_FLOP_PER_BYTE = 20, 250
 
@@ -54,7 +53,7 @@ class Needs:
         self._tokens = self.working.pixels // side**2
         prompts = [request.prompt, request.negative_prompt]
         self._prompts = [self._text_tokens(p) for p in prompts if p is not None]
-        self.most_strips = max(1, min(MOST_STRIPS, self.working.height // MIN_STRIP))
+        self.most_strips = most_strips(self.working)
         self.passes = request.images * len(self._prompts)  # through the transformer, a step
 
     # What the choice turns on

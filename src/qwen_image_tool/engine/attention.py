@@ -55,8 +55,8 @@ def use(blocks: Iterable[nn.Module], backend: str) -> None:
 def for_prompts(device: torch.device) -> str:
     """transformers' name of the attention that reads prompts on `device`, with the bits of "sdpa".
 
-    cuDNN makes a plan for each new number of tokens, in 0.05 to 0.1 s of the host's time: where it
-    is torch's choice, prompts are read in whole tiles, so that nearly all have the same number.
+    cuDNN makes a plan for each new number of tokens, and nothing is launched meanwhile: where it is
+    torch's choice, prompts are read in whole tiles, so that nearly all have the same number.
     """
     cuda = device.type == "cuda" and torch.version.hip is None
     tiled = cuda and torch.cuda.get_device_capability(device) in CUDNN_FIRST
