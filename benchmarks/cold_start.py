@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import any_card
-import full_size
 from sections import write_section
 
 PIECE = 16 << 20
@@ -36,6 +35,8 @@ def main() -> None:
         print(json.dumps(WORKERS[options.worker](options)), flush=True)
         return
     if not options.folder.exists():
+        import full_size  # imports torch, which our line should not begin with
+
         full_size.make(options.folder, options.model, options.layers)
     with tempfile.TemporaryDirectory() as home:
         options.home = Path(home)
@@ -147,12 +148,14 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
     from qwen_image_tool.app import App
     from qwen_image_tool.errors import Cancelled
     from qwen_image_tool.settings import Settings
-    from qwen_image_tool.types import Event, PhaseStarted, Request, Size, Stepped
+    from qwen_image_tool.types import Event, PhaseStarted, Planned, Request, Size, Stepped
 
     first: list[float] = []
     phases: list[tuple[str, float]] = [("asked", time.time() - began)]
 
     def emit(event: Event) -> None:
+        if isinstance(event, Planned):
+            phases.append(("planned", time.time() - began))
         if isinstance(event, PhaseStarted):
             phases.append((event.phase, time.time() - began))
         if isinstance(event, Stepped):
@@ -219,7 +222,7 @@ def table(report: dict[str, Any]) -> str:
         "theirs": "diffusers with model offload, the same",
     }
     base = rows["read"].get("seconds", 0)
-    command = about["command"].replace("any_card", "cold_start")
+    command = about["command"].replace("any_card", "cold_start").strip()
     dropped = "yes" if rows["ours"]["page_cache_dropped"] else "no"
     lines = [
         f"`{command}`, {about['date']}: {about['gpu']}; page cache dropped: {dropped}.",
