@@ -17,8 +17,9 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -71,16 +72,47 @@ def measure(options: argparse.Namespace, worker: str) -> dict[str, Any]:
     given = ["--model", options.model, "--size", options.size, "--steps", str(options.steps)]
     given += ["--home", str(options.home), "--worker", worker]
     command = [sys.executable, __file__, str(options.folder), *given]
+    gb_each_second: list[float] = []
     try:
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, timeout=options.timeout, check=True, text=True
-        )
+        with disk_reads() as gb_each_second:
+            done = subprocess.run(
+                command, stdout=subprocess.PIPE, timeout=options.timeout, check=True, text=True
+            )
         row = json.loads(done.stdout.strip().splitlines()[-1])
     except (subprocess.SubprocessError, ValueError, IndexError) as error:
         row = {"error": repr(error)[:200]}
-    row["page_cache_dropped"] = dropped
+    row |= {"page_cache_dropped": dropped, "disk_gb_each_second": gb_each_second}
     print(worker, json.dumps(row), flush=True)
     return dict(row)
+
+
+@contextlib.contextmanager
+def disk_reads() -> Iterator[list[float]]:
+    """GB that the machine's disks read in each second of the block; it grows while that runs."""
+    found: list[float] = []
+    ended = threading.Event()
+
+    def look() -> None:
+        before = disk_bytes()
+        while not ended.wait(1):
+            now = disk_bytes()
+            found.append(round((now - before) / 1e9, 3))
+            before = now
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield found
+    finally:
+        ended.set()
+        thread.join()
+
+
+def disk_bytes() -> int:
+    import psutil
+
+    counters = psutil.disk_io_counters()
+    return counters.read_bytes if counters else 0
 
 
 def used_before(home: Path) -> None:
@@ -148,14 +180,14 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
     from qwen_image_tool.app import App
     from qwen_image_tool.errors import Cancelled
     from qwen_image_tool.settings import Settings
-    from qwen_image_tool.types import Event, PhaseStarted, Planned, Request, Size, Stepped
+    from qwen_image_tool.types import Event, Notice, PhaseStarted, Request, Size, Stepped
 
     first: list[float] = []
     phases: list[tuple[str, float]] = [("asked", time.time() - began)]
 
     def emit(event: Event) -> None:
-        if isinstance(event, Planned):
-            phases.append(("planned", time.time() - began))
+        if isinstance(event, Notice):
+            phases.append((event.text, time.time() - began))
         if isinstance(event, PhaseStarted):
             phases.append((event.phase, time.time() - began))
         if isinstance(event, Stepped):

@@ -4,7 +4,10 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import psutil
 import pytest
@@ -17,17 +20,24 @@ VERSIONS = {"torch": "2.11"}
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """What was read; nothing is in the cache."""
+    """What was read."""
     found: list[Path] = []
     monkeypatch.setattr(libraries, "_read_through", found.append)
-    monkeypatch.setattr(libraries, "is_cached", lambda _file, _start: False)
     monkeypatch.setattr(os, "RWF_NOWAIT", 8, raising=False)
     return found
 
 
+def read_all(files: LibraryFiles, found: list[Path]) -> None:
+    """Until as many are found as are kept."""
+    with files.read():
+        deadline = time.monotonic() + 20
+        while len(found) < len(files._known()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+
 def test_what_a_process_has_loaded_is_read_in_the_next(tmp_path: Path, read: list[Path]) -> None:
     path = tmp_path / "cache" / "libraries.json"
-    LibraryFiles(path, VERSIONS).read()
+    read_all(LibraryFiles(path, VERSIONS), read)
     assert not read
     code = """
 import sys
@@ -37,12 +47,37 @@ from qwen_image_tool.libraries import LibraryFiles
 LibraryFiles(Path(sys.argv[1]), {"torch": "2.11"}).remember()
 """
     subprocess.run([sys.executable, "-c", code, str(path)], check=True)
-    LibraryFiles(path, VERSIONS).read()
+    read_all(LibraryFiles(path, VERSIONS), read)
     assert any(file.name.startswith("_multiarray_umath") for file in read)
     assert any("psutil" in file.parts for file in read)
     assert all(file.is_file() for file in read)
-    sizes = [file.stat().st_size for file in json_files(path)]
-    assert sizes == sorted(sizes, reverse=True)
+    files = json_files(path)
+    assert len(files) == len(set(files))
+    names = [file.name.partition(".")[0] for file in files]
+    assert names.index("pathlib") < names.index("libraries")  # as they were imported
+
+
+def test_the_rest_is_not_read_when_the_block_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = LibraryFiles(tmp_path / "libraries.json", VERSIONS)
+    monkeypatch.setattr(os, "RWF_NOWAIT", 8, raising=False)
+    files.remember()
+    count = len(json_files(tmp_path / "libraries.json"))
+    begun, ended = threading.Semaphore(0), threading.Event()
+    found: list[Path] = []
+
+    def slow(path: Path) -> None:
+        found.append(path)
+        begun.release()
+        ended.wait(20)
+
+    monkeypatch.setattr(libraries, "_read_through", slow)
+    with files.read():
+        for _ in range(libraries.READERS):
+            assert begun.acquire(timeout=20)
+        threading.Timer(0.2, ended.set).start()
+    assert len(found) < count
 
 
 def json_files(path: Path) -> list[Path]:
@@ -57,21 +92,11 @@ def test_other_versions_have_another_list(tmp_path: Path, read: list[Path]) -> N
     files.remember()
     assert path.read_bytes() == kept
     other = LibraryFiles(path, {"torch": "2.12"})
-    other.read()
+    read_all(other, read)
     assert not read
     other.remember()
-    other.read()
+    read_all(other, read)
     assert len(read) == len(json_files(path)) > 100
-
-
-def test_nothing_is_read_where_the_largest_is_in_the_cache(
-    tmp_path: Path, read: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    files = LibraryFiles(tmp_path / "libraries.json", VERSIONS)
-    files.remember()
-    monkeypatch.setattr(libraries, "is_cached", lambda _file, _start: True)
-    files.read()
-    assert not read
 
 
 def test_no_list_is_kept_where_the_system_does_not_tell(
@@ -89,17 +114,26 @@ def test_a_list_that_is_broken_or_cannot_be_written_is_no_error(
     path = tmp_path / "libraries.json"
     path.write_text('{"versions": 3', encoding="utf-8")
     files = LibraryFiles(path, VERSIONS)
-    files.read()
+    read_all(files, read)
     gone = {"versions": VERSIONS, "files": [str(tmp_path / "gone"), str(tmp_path)]}
     path.write_text(json.dumps(gone), encoding="utf-8")
-    files.read()
+    read_all(files, read)
     assert len(read) == 2
     monkeypatch.setattr(psutil, "Process", object)  # as on macOS
     LibraryFiles(path / "not a folder", VERSIONS).remember()
 
 
-def test_a_file_that_is_gone_is_passed_over(tmp_path: Path) -> None:
-    assert not libraries._is_there(tmp_path / "gone")
+def test_what_is_in_the_cache_or_gone_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     libraries._read_through(tmp_path / "gone")
-    (tmp_path / "here").write_bytes(b"x" * 10)
+    file = MagicMock()
+    file.__enter__.return_value = file
+    file.read.side_effect = [b"x" * 10, b""]
+    monkeypatch.setattr(Path, "open", lambda *_, **__: file)
+    monkeypatch.setattr(libraries, "is_cached", lambda _file, _start: True)
     libraries._read_through(tmp_path / "here")
+    assert not file.read.called
+    monkeypatch.setattr(libraries, "is_cached", lambda _file, _start: False)
+    libraries._read_through(tmp_path / "here")
+    assert file.read.call_count == 2  # its bytes, and its end

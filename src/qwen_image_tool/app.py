@@ -313,7 +313,7 @@ class App:
         if self._engine is None or self._device is None or self._engine.installed != installed:
             self._forget_engine()
             libraries = LibraryFiles(self.settings.cache / "libraries.json", library_versions())
-            libraries.read()
+            reading.enter_context(libraries.read())
             reading.enter_context(read_ahead(_wanted(installed)))
             from qwen_image_tool.engine.engine import Engine
             from qwen_image_tool.engine.probe import torch_facts

@@ -1,4 +1,4 @@
-"""The files of Python's libraries, read all at once before they are imported.
+"""The files of Python's libraries, read many at once while they are imported.
 
 From a cold disk an import fetches thousands of small files one after the other; beside the weights,
 which keep the disk busy, each of them waits for its turn.
@@ -9,15 +9,16 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 
 from qwen_image_tool.files import is_cached, replace_file
 
-READERS = 8  # threads: small files keep a disk waiting
+READERS = 32  # threads: small files keep a disk waiting
 PIECE = 8 << 20  # bytes of one read
 USED = 0.5  # of a shared library: one that is used less is left to the system
 
@@ -29,25 +30,29 @@ class LibraryFiles:
     def __init__(self, path: Path, versions: Mapping[str, str]) -> None:
         self._path, self._versions = path, dict(versions)
 
-    def read(self) -> None:
-        """Bring them into the system's cache of files, unless the largest is there already."""
-        files = self._known()
-        if not files or _is_there(files[0]):
-            return
-        with ThreadPoolExecutor(READERS, thread_name_prefix="libraries") as pool:
-            list(pool.map(_read_through, files))
+    @contextmanager
+    def read(self) -> Iterator[None]:
+        """While the block runs, bring them into the system's cache of files, in the order in which
+        they were imported: an import in the block finds them there."""
+        pool = ThreadPoolExecutor(READERS, thread_name_prefix="libraries")
+        for file in self._known():
+            pool.submit(_read_through, file)
+        try:
+            yield
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def remember(self) -> None:
         """That they are those which this process has loaded by now."""
         if self._known() or not hasattr(os, "RWF_NOWAIT"):
             return
-        files = sorted(_modules() | _shared_libraries(), key=lambda file: -file.stat().st_size)
+        files = dict.fromkeys((*_shared_libraries(), *_modules()))
         kept = {"versions": self._versions, "files": [str(file) for file in files]}
         with contextlib.suppress(OSError):
             replace_file(self._path, json.dumps(kept, indent=0).encode())
 
     def _known(self) -> list[Path]:
-        """The largest first; none where none were kept for these versions."""
+        """None where none were kept for these versions."""
         try:
             kept = json.loads(self._path.read_text(encoding="utf-8"))
             return [*map(Path, kept["files"])] if kept["versions"] == self._versions else []
@@ -55,35 +60,26 @@ class LibraryFiles:
             return []
 
 
-def _modules() -> set[Path]:
+def _modules() -> Iterator[Path]:
     """What Python read of each module: its compiled form, where there is one."""
-    found = set()
     for module in list(sys.modules.values()):
         names = (getattr(module, "__cached__", None), getattr(module, "__file__", None))
         files = (Path(name) for name in names if isinstance(name, str))
-        found |= set(itertools.islice((file for file in files if file.is_file()), 1))
-    return found
+        yield from itertools.islice((file for file in files if file.is_file()), 1)
 
 
-def _shared_libraries() -> set[Path]:
+def _shared_libraries() -> list[Path]:
     """Those that are used for the most part."""
     try:
         maps = psutil.Process().memory_maps()
     except (AttributeError, psutil.Error):  # macOS has none
-        return set()
+        return []
     files = ((Path(each.path), each.rss) for each in maps)
-    return {file for file, used in files if file.is_file() and used >= USED * file.stat().st_size}
-
-
-def _is_there(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return is_cached(file.fileno(), 0)
-    except OSError:
-        return False
+    return [file for file, used in files if file.is_file() and used >= USED * file.stat().st_size]
 
 
 def _read_through(path: Path) -> None:
     with contextlib.suppress(OSError), path.open("rb", buffering=0) as file:
-        while file.read(PIECE):
-            pass
+        if not is_cached(file.fileno(), 0):
+            while file.read(PIECE):
+                pass

@@ -13,8 +13,8 @@ class Forward(Protocol):
     """One pass of a transformer through its schedule; each family has its own."""
 
     def rehearse(self, latents: torch.Tensor, conditions: list[Any]) -> None:
-        """Run one block, whatever its weights are by now, so that it is compiled by the first step.
-        Before the first walk."""
+        """Run one block, whatever its weights are by now, so that by the first step it is compiled
+        and its kernels are on the GPU. Before the first walk."""
 
     def __call__(
         self, latents: torch.Tensor, step: int, conditions: list[Any]

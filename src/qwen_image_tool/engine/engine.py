@@ -118,7 +118,6 @@ class Engine:
                 timesteps = schedule(
                     parts.scheduler, request.steps, parts.sigmas, math.prod(grid), parts.device
                 )
-                forward = family.Forward(parts.transformer, timesteps, grid, reader)
 
             # 2. The prompts, as the transformer reads them
             with watch.phase("encode"):
@@ -126,10 +125,11 @@ class Engine:
 
             # 3. The rest of the weights
             with watch.phase("load"):
+                forward = family.Forward(parts.transformer, timesteps, grid, reader)
                 conditions = [forward.condition(embedding) for embedding in embeddings]
                 cells = noise(request.seeds, parts.cell_shape(grid), parts.dtype)
                 latents = family.pack(cells).to(parts.device)
-                if plan.compiled and not parts.transformer.loading.done():
+                if parts.device.type != "cpu" and not parts.transformer.loading.done():
                     forward.rehearse(latents, conditions)
                 watch.wait(parts.transformer.loading, reader)
 

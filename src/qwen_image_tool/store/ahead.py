@@ -15,7 +15,7 @@ from qwen_image_tool.files import is_cached
 from qwen_image_tool.store.headers import read_header
 from qwen_image_tool.store.links import weight_files
 
-PIECE = 8 << 20  # bytes of one read: soon done when the reading is to end
+PIECE = 32 << 20  # bytes of one read: between two, a thread waits for the one that imports
 READERS = 2  # threads; more do not raise an NVMe disk's rate
 SHARE = 0.5  # of the RAM that is available: what is loaded has to go there as well
 Piece = tuple[Path, int, int]  # file, first byte, bytes
