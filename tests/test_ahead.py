@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import time
 from pathlib import Path
 
 import psutil
@@ -9,8 +10,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import qwen_image_tool.engine.probe as probe
 import qwen_image_tool.store.ahead as ahead
+from qwen_image_tool import device
+from qwen_image_tool.app import App
+from qwen_image_tool.device import TorchFacts
+from qwen_image_tool.settings import Settings
 from qwen_image_tool.store.ahead import PIECE, Wanted, pieces, read_ahead
+from qwen_image_tool.types import Plan, Planned, Request, Size
 
 
 @pytest.fixture
@@ -62,8 +69,32 @@ def test_what_is_in_the_cache_is_not_read_again(model: list[Wanted]) -> None:
     piece = next(pieces(model, 1 << 40))
     buffer = memoryview(bytearray(PIECE))
     piece[0].read_bytes()
-    ahead._read(piece, buffer)
+    assert not ahead._read(piece, buffer)
     assert not any(buffer[:100])
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_the_rate_of_the_disk_is_that_of_what_came_from_it(
+    model: list[Wanted], monkeypatch: pytest.MonkeyPatch, cached: bool
+) -> None:
+    monkeypatch.setattr(ahead, "is_cached", lambda _file, _start: cached)
+    last = threading.Event()
+    plain = ahead._read
+
+    def slow(piece: ahead.Piece, buffer: memoryview) -> int:
+        time.sleep(0.01)
+        size = plain(piece, buffer)
+        if piece[2] == 20:
+            last.set()
+        return size
+
+    monkeypatch.setattr(ahead, "_read", slow)
+    with read_ahead(model) as reading:
+        assert last.wait(60)
+    assert reading.disk_rate == 0  # too few bytes to say
+    monkeypatch.setattr(ahead, "ENOUGH", 1)
+    fastest = sum(size for _, _, size in pieces(model, 1 << 40)) / 0.01
+    assert reading.disk_rate == 0 if cached else 0 < reading.disk_rate < fastest
 
 
 def test_everything_is_read_and_nothing_goes_on(
@@ -71,11 +102,12 @@ def test_everything_is_read_and_nothing_goes_on(
 ) -> None:
     plain, read, done = ahead._read, [], threading.Event()
 
-    def record(piece: ahead.Piece, buffer: memoryview) -> None:
-        plain(piece, buffer)
+    def record(piece: ahead.Piece, buffer: memoryview) -> int:
+        size = plain(piece, buffer)
         read.append(piece)
         if len(read) == 5:
             done.set()
+        return size
 
     monkeypatch.setattr(ahead, "_read", record)
     before = threading.active_count()
@@ -88,10 +120,11 @@ def test_everything_is_read_and_nothing_goes_on(
 def test_it_ends_with_the_block(model: list[Wanted], monkeypatch: pytest.MonkeyPatch) -> None:
     began, may_go_on, read = threading.Event(), threading.Event(), []
 
-    def slow(piece: ahead.Piece, _: memoryview) -> None:
+    def slow(piece: ahead.Piece, _: memoryview) -> int:
         read.append(piece)
         began.set()
         assert may_go_on.wait(60)
+        return 0
 
     monkeypatch.setattr(ahead, "_read", slow)
     with read_ahead(model):
@@ -113,3 +146,31 @@ def test_what_is_not_there_or_cannot_be_read_is_no_error(
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("M", (), {"available": 0}))
     with read_ahead(model):
         pass
+
+
+def test_later_plans_know_what_the_disk_gave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The practice model is small, and is read at once: torch waits until it is."""
+    monkeypatch.setattr(ahead, "is_cached", lambda _file, _start: False)
+    monkeypatch.setattr(ahead, "ENOUGH", 1)
+    read, plain, facts = threading.Event(), ahead.Reading.count, probe.torch_facts
+
+    def count(self: ahead.Reading, size: int, began: float) -> None:
+        plain(self, size, began)
+        read.set()
+
+    def asked() -> TorchFacts:
+        assert read.wait(60)
+        return facts()
+
+    monkeypatch.setattr(ahead.Reading, "count", count)
+    monkeypatch.setattr(probe, "torch_facts", asked)
+    app = App(Settings(output=tmp_path / "out", cache=tmp_path / "cache"))
+    plans: list[Plan] = []
+    request = Request(model="practice", prompt="x", size=Size(64, 64), steps=2, seed=1)
+    app.generate(request, lambda e: plans.append(e.plan) if isinstance(e, Planned) else None)
+    rates = app.rates.get(device.probe(facts()))
+    assert rates
+    assert rates.disk > 0
+    assert plans[0].seconds, "the first plan knows it already"

@@ -282,8 +282,8 @@ class App:
                 emit(Notice(text=reason))
             assert self._engine
             run = self._engine.run(resolved, plans, heard, is_cancelled)
-        learnt = {"compile_seconds": run.compile_seconds, "disk": run.disk_rate}
-        self.rates.learn(here, **{name: value for name, value in learnt.items() if value})
+        if run.compile_seconds:
+            self.rates.learn(here, compile_seconds=run.compile_seconds)
 
         emit(PhaseStarted(phase="save"))
         started = time.perf_counter()
@@ -314,14 +314,18 @@ class App:
             self._forget_engine()
             libraries = LibraryFiles(self.settings.cache / "libraries.json", library_versions())
             reading.enter_context(libraries.read())
-            reading.enter_context(read_ahead(_wanted(installed)))
+            ahead = reading.enter_context(read_ahead(_wanted(installed)))
             from qwen_image_tool.engine.engine import Engine
             from qwen_image_tool.engine.probe import torch_facts
 
             facts = torch_facts()
             libraries.remember()
             self._engine = Engine(installed, self.settings.cache, self._previews)
-            self._device = self._measured(device.probe(facts), emit, reading)
+            found = self._measured(device.probe(facts), emit, reading)
+            if disk := ahead.disk_rate:
+                self.rates.learn(found, disk=disk)
+                found = found.with_rates(found.rates.model_copy(update={"disk": disk}))
+            self._device = found
         return self._device
 
     def _forget_engine(self) -> None:

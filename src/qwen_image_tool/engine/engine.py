@@ -162,7 +162,7 @@ class Engine:
                 if sketch:
                     sketch.learn(cells[0], drawn[0])
         compile_seconds = parts.compiled.seconds if parts.compiled else 0
-        return Run(images, plan, watch.seconds, compile_seconds, reader.rate)
+        return Run(images, plan, watch.seconds, compile_seconds)
 
     def _load(self, plan: Plan, reader: weights.Reader) -> "_Parts":
         if self._parts is None or not plan.loads_like(self._parts.plan):
@@ -185,14 +185,12 @@ class Engine:
 @dataclass(frozen=True)
 class Run:
     """The pictures of a request in the order of its seeds, the plan that made them, the seconds of
-    each phase, those that compiling took in this run or an earlier one, and the bytes a second that
-    the disk gave; 0: too few to say."""
+    each phase, and those that compiling took in this run or an earlier one."""
 
     images: list[Image.Image]
     plan: Plan
     seconds: dict[PhaseName, float]
     compile_seconds: float = 0
-    disk_rate: float = 0
 
 
 class _Parts:

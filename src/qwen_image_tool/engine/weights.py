@@ -9,7 +9,6 @@ import json
 import math
 import os
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -208,9 +207,6 @@ def read(
         task.result()
 
 
-ENOUGH = 1 << 30  # bytes; the rate of less says little of a disk
-
-
 class Reader:
     """Reads the weights that a run needs, from any thread: counts their bytes, and ends with
     Cancelled when the run is."""
@@ -219,14 +215,7 @@ class Reader:
         self.is_cancelled = is_cancelled
         self.expected = 0
         self.done = 0
-        self._first = self._last = 0.0
         self._lock = threading.Lock()
-
-    @property
-    def rate(self) -> float:
-        """Bytes a second between the first and the last read; 0 where they were too few."""
-        seconds = self._last - self._first
-        return self.done / seconds if self.done >= ENOUGH and seconds > 0 else 0
 
     def expect(self, count: int) -> None:
         """More bytes are to be read."""
@@ -235,7 +224,6 @@ class Reader:
 
     def __call__(self, pairs: Iterable[tuple[Stored, torch.Tensor]]) -> None:
         """See `read`."""
-        self._first = self._first or time.perf_counter()
         read(pairs, self._count, self.is_cancelled)
 
     def check(self) -> None:
@@ -246,7 +234,6 @@ class Reader:
     def _count(self, size: int) -> None:
         with self._lock:
             self.done += size
-            self._last = time.perf_counter()
 
 
 class _Files:
