@@ -66,6 +66,17 @@ def test_what_is_in_the_cache_is_not_read_again(model: list[Wanted]) -> None:
     assert not any(buffer[:100])
 
 
+def test_a_piece_of_which_the_system_has_read_the_start_is_read(
+    model: list[Wanted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads on by itself, past the header and past the piece before."""
+    path, start, size = next(pieces(model, 1 << 40))
+    monkeypatch.setattr(ahead, "is_cached", lambda _, at: at < start + 4096)
+    buffer = memoryview(bytearray(PIECE))
+    ahead._read((path, start, size), buffer)
+    assert bytes(buffer[:size]) == path.read_bytes()[start : start + size]
+
+
 def test_everything_is_read_and_nothing_goes_on(
     model: list[Wanted], monkeypatch: pytest.MonkeyPatch
 ) -> None:
