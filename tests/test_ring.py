@@ -261,6 +261,25 @@ def test_a_fill_from_a_slow_disk_does_not_hold_up_a_rest(
 
 
 @pytest.mark.usefixtures("_no_grad")
+def test_slots_that_nothing_can_fill_are_given_back(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where their page-locked buffers find no memory."""
+    placement = Placement(blocks=6, resident=0, slots=2, source="disk")
+    placed = Transformer(folder, placement, torch.device("cpu"), torch.bfloat16, Reader())
+
+    def refuse(*_: Any) -> Background:
+        raise MemoryError
+
+    monkeypatch.setattr("qwen_image_tool.engine.placed.Background", refuse)
+    with pytest.raises(MemoryError):
+        placed.walk()
+    placed.rest()
+    assert all(weight.is_meta for block in placed.blocks for weight in block.parameters())
+    placed.close()
+
+
+@pytest.mark.usefixtures("_no_grad")
 def test_reading_can_be_cancelled(folder: Path) -> None:
     with pytest.raises(Cancelled):
         Transformer(
