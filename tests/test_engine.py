@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -267,6 +268,30 @@ def test_nothing_is_read_for_a_model_that_is_gone_before_it_is_loaded(
     with pytest.raises(ModelMissing, match="can't be loaded"):
         draw(engine, [plan()], [])
     assert len(began) == 1
+    engine.release()
+
+
+@pytest.mark.parametrize(
+    "component", ["tokenizer", "scheduler", "text_encoder", "transformer", "vae"]
+)
+def test_a_folder_that_is_gone_is_not_looked_for_at_a_hub(
+    folder: Path, tmp_path: Path, component: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative one has the form of a hub's name."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder, "tiny")
+    engine = Engine(locate("tiny", load_catalog(), Path()))
+    shutil.rmtree(Path("tiny") / component)
+    asked: list[object] = []
+
+    def ask(*where: object, **_: object) -> None:
+        asked.append(where)
+        raise httpx.ConnectError("There is no network.")
+
+    monkeypatch.setattr(httpx.Client, "send", ask)
+    with pytest.raises(ModelMissing, match="can't be loaded"):
+        draw(engine, [plan()], [])
+    assert not asked
     engine.release()
 
 
