@@ -17,6 +17,7 @@ import tiny
 from qwen_image_tool.engine import weights
 from qwen_image_tool.engine.cache import TensorCache
 from qwen_image_tool.engine.families.qwen_image import Forward, Transformer
+from qwen_image_tool.engine.host import HostMemory
 from qwen_image_tool.engine.modulation import Modulation
 from qwen_image_tool.engine.ring import Background, Ring, interleaved
 from qwen_image_tool.engine.weights import Checkpoint, Reader
@@ -258,6 +259,28 @@ def test_a_fill_from_a_slow_disk_does_not_hold_up_a_rest(
     assert ended.is_set()
     assert [number for number, _ in placed.walk(last=True)] == list(range(6))
     placed.close()
+
+
+def test_memory_that_is_not_locked_leaves_no_error_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA keeps the error of a call for the next kernel of the thread."""
+    kept: list[int] = []
+
+    class Runtime:
+        def cudaHostRegister(self, *_: int) -> int:  # noqa: N802
+            kept.append(2)
+            return kept[-1]
+
+    def kernel(*_: Any, device: str) -> None:
+        assert device == "cuda"
+        if kept:
+            raise RuntimeError(f"CUDA error {kept.pop()}")
+
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    monkeypatch.setattr(torch, "ones", kernel)
+    memory = HostMemory(4096)
+    memory.lock()
+    assert not memory.locked
+    kernel(device="cuda")
 
 
 @pytest.mark.usefixtures("_no_grad")
