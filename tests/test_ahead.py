@@ -97,6 +97,17 @@ def test_the_rate_of_the_disk_is_that_of_what_came_from_it(
     assert reading.disk_rate == 0 if cached else 0 < reading.disk_rate < fastest
 
 
+def test_a_piece_of_which_the_system_has_read_the_start_is_read(
+    model: list[Wanted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads on by itself, past the header and past the piece before."""
+    path, start, size = next(pieces(model, 1 << 40))
+    monkeypatch.setattr(ahead, "is_cached", lambda _, at: at < start + 4096)
+    buffer = memoryview(bytearray(PIECE))
+    ahead._read((path, start, size), buffer)
+    assert bytes(buffer[:size]) == path.read_bytes()[start : start + size]
+
+
 def test_everything_is_read_and_nothing_goes_on(
     model: list[Wanted], monkeypatch: pytest.MonkeyPatch
 ) -> None:

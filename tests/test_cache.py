@@ -68,6 +68,21 @@ def test_a_cache_that_cannot_be_written_is_no_error(folder: Path) -> None:
     assert cache.get(IDS) is None
 
 
+def test_a_cache_that_can_only_be_read_is_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = TensorCache(folder, ["a"], LIMIT)
+    cache.put(IDS, VALUES)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "utime", refuse)
+    found = cache.get(IDS)
+    assert found is not None
+    assert torch.equal(found, VALUES)
+
+
 @pytest.mark.parametrize("change", ["size", "time", "name"])
 def test_another_checkpoint_has_another_identity(folder: Path, change: str) -> None:
     file = folder / "model.safetensors"

@@ -2,23 +2,28 @@
 
 import functools
 import gc
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch._subclasses import FakeTensor
 from torch.nn import functional
 
 import tiny
+from qwen_image_tool.app import App
 from qwen_image_tool.catalog import load_catalog
 from qwen_image_tool.engine import attention, compiled, families, text, vae
 from qwen_image_tool.engine import denoise as denoising
 from qwen_image_tool.engine.engine import Engine, Run
 from qwen_image_tool.engine.weights import Reader
-from qwen_image_tool.errors import BrokenPicture, Cancelled, OutOfMemory
+from qwen_image_tool.errors import BrokenPicture, Cancelled, ModelMissing, OutOfMemory
+from qwen_image_tool.settings import Settings
 from qwen_image_tool.store import locate
 from qwen_image_tool.types import (
     Event,
@@ -205,6 +210,115 @@ def test_the_picture_is_decoded_in_the_memory_of_the_slots(
     engine.release()
 
 
+def test_a_prompt_that_is_not_read_to_its_end_leaves_no_slots(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the model stays loaded, the next run's picture needs their memory."""
+    engine = Engine(locate(str(folder), load_catalog(), Path()))
+    draw(engine, [plan()], [])
+    asked = iter([False])
+    monkeypatch.setattr(Reader, "check", lambda _: next(asked))
+    other = REQUEST.model_copy(update={"prompt": "a dog"})
+    with pytest.raises(StopIteration):
+        engine.run(other, [plan()], lambda _: None, lambda: False)
+    parts = engine._parts
+    assert parts
+    assert parts._text_encoder
+    layers = parts._text_encoder._layers.modules
+    assert [next(layer.parameters()).is_meta for layer in layers] == [False, True]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ring")]
+    engine.release()
+
+
+def test_a_run_is_cancelled_between_the_decoding_of_two_pictures(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(locate(str(folder), load_catalog(), Path()))
+    plain, decoded = vae.decode, []
+
+    def decode(*args: Any) -> Any:
+        decoded.append(plain(*args))
+        return decoded[-1]
+
+    monkeypatch.setattr(vae, "decode", decode)
+    with pytest.raises(Cancelled):
+        engine.run(REQUEST, [plan()], lambda _: None, lambda: bool(decoded))
+    assert len(decoded) == 1
+    engine.release()
+
+
+def test_nothing_is_read_for_a_model_that_is_gone_before_it_is_loaded(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(locate(str(folder), load_catalog(), Path()), tmp_path)
+    transformer = families.family("qwen-image").Transformer
+    began: list[bool] = []
+
+    def gone(component: Path) -> list[str]:
+        raise FileNotFoundError(2, "No such file or directory", str(component))
+
+    def begin(*given: Any) -> Any:
+        began.append(True)
+        monkeypatch.setattr("qwen_image_tool.engine.engine.checkpoint_identity", gone)
+        return transformer(*given)
+
+    monkeypatch.setattr(families.family("qwen-image"), "Transformer", begin)
+    draw(engine, [plan()], [])
+    engine.release()
+    with pytest.raises(ModelMissing, match="can't be loaded"):
+        draw(engine, [plan()], [])
+    assert len(began) == 1
+    engine.release()
+
+
+@pytest.mark.parametrize(
+    "component", ["tokenizer", "scheduler", "text_encoder", "transformer", "vae"]
+)
+def test_a_folder_that_is_gone_is_not_looked_for_at_a_hub(
+    folder: Path, tmp_path: Path, component: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative one has the form of a hub's name."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder, "tiny")
+    engine = Engine(locate("tiny", load_catalog(), Path()))
+    shutil.rmtree(Path("tiny") / component)
+    asked: list[object] = []
+
+    def ask(*where: object, **_: object) -> None:
+        asked.append(where)
+        raise httpx.ConnectError("There is no network.")
+
+    monkeypatch.setattr(httpx.Client, "send", ask)
+    with pytest.raises(ModelMissing, match="can't be loaded"):
+        draw(engine, [plan()], [])
+    assert not asked
+    engine.release()
+
+
+def test_a_model_whose_files_were_replaced_is_loaded_anew(tmp_path: Path) -> None:
+    """Sizes and names are the same; only some of the blocks would be read again."""
+    model = tiny.save(tmp_path / "model", layers=6)
+    other = tiny.save(tmp_path / "other", seed=1, layers=6)
+    settings = Settings(output=tmp_path / "out", cache=tmp_path / "cache")
+    request = Request(model=str(model), prompt="x", cfg=1, size=Size(64, 64), steps=2, seed=1)
+
+    def drawn(app: App) -> bytes:
+        [image] = app.generate(request, lambda _: None).images
+        return Image.open(image.path).tobytes()
+
+    app = App(settings)
+    before = drawn(app)
+    engine = app._engine
+    assert drawn(app) == before
+    assert app._engine is engine
+    for component in ("transformer", "text_encoder"):
+        shutil.rmtree(model / component)
+        (other / component).rename(model / component)
+    after = drawn(app)
+    assert after != before
+    assert after == drawn(App(settings))
+
+
 def test_the_next_plan_follows_when_the_memory_runs_out(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -231,6 +345,40 @@ def test_the_next_plan_follows_when_the_memory_runs_out(
     assert held[0] > held[2], "the failed runs' memory is given back first"
     for ours, theirs in zip(run.images, expected.images, strict=True):
         assert np.array_equal(np.asarray(ours), np.asarray(theirs))
+    engine.release()
+
+
+OUT_OF_MEMORY = [
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes."), "memory"),
+    (RuntimeError("could not create a primitive"), "memory"),
+    (OSError(12, "Cannot allocate memory"), "memory"),
+    (OSError(22, "[WinError 1455] The paging file is too small"), "memory"),
+    (MemoryError(), "memory"),
+    (RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"), "gpu memory"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), "gpu memory"),
+    (torch.OutOfMemoryError("CUDA out of memory."), "gpu memory"),
+]
+
+
+@pytest.mark.parametrize(("error", "kind"), OUT_OF_MEMORY, ids=lambda value: str(value)[:40])
+def test_memory_that_ran_out_is_named_so_whoever_says_it(
+    folder: Path, error: Exception, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a model is loaded, where it is no missing file, and while it draws."""
+
+    def refuse(*_: Any) -> Any:
+        raise error
+
+    engine = Engine(locate(str(folder), load_catalog(), Path()))
+    with monkeypatch.context() as loading:
+        loading.setattr("qwen_image_tool.engine.placed.HostMemory", refuse)
+        with pytest.raises(OutOfMemory, match="memory ran out") as raised:
+            draw(engine, [plan()], [])
+        assert raised.value.trouble == kind
+    monkeypatch.setattr("qwen_image_tool.engine.engine.denoise", refuse)
+    with pytest.raises(OutOfMemory, match="memory ran out") as raised:
+        draw(engine, [plan(attention="native")], [])
+    assert raised.value.trouble == kind
     engine.release()
 
 

@@ -22,7 +22,7 @@ VERSIONS = {"torch": "2.11"}
 def read(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """What was read."""
     found: list[Path] = []
-    monkeypatch.setattr(libraries, "_read_through", found.append)
+    monkeypatch.setattr(libraries, "_read_through", lambda path, _: found.append(path))
     monkeypatch.setattr(os, "RWF_NOWAIT", 8, raising=False)
     return found
 
@@ -67,7 +67,7 @@ def test_the_rest_is_not_read_when_the_block_ends(
     begun, ended = threading.Semaphore(0), threading.Event()
     found: list[Path] = []
 
-    def slow(path: Path) -> None:
+    def slow(path: Path, _: threading.Event) -> None:
         found.append(path)
         begun.release()
         ended.wait(20)
@@ -78,6 +78,43 @@ def test_the_rest_is_not_read_when_the_block_ends(
             assert begun.acquire(timeout=20)
         threading.Timer(0.2, ended.set).start()
     assert len(found) < count
+
+
+def test_a_large_file_is_not_read_to_its_end_when_the_block_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else an interrupted start waits for it."""
+    files = LibraryFiles(tmp_path / "libraries.json", VERSIONS)
+    monkeypatch.setattr(os, "RWF_NOWAIT", 8, raising=False)
+    files.remember()
+    begun, left = threading.Event(), iter(range(10_000))
+
+    def read(_: int) -> bytes:
+        begun.set()
+        time.sleep(0.01)
+        return b"x" * (next(left, None) is not None)
+
+    file = MagicMock()
+    file.__enter__.return_value = file
+    file.read.side_effect = read
+    monkeypatch.setattr(libraries, "is_cached", lambda _file, _start: False)
+    monkeypatch.setattr(files, "_known", lambda: [tmp_path / "large"])
+    monkeypatch.setattr(Path, "open", lambda *_, **__: file)
+    with files.read():
+        assert begun.wait(20)
+    assert next(left, None) is not None
+
+
+def test_a_python_elsewhere_has_another_list(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after the project's folder was moved: the files of the old list are gone."""
+    monkeypatch.setattr(os, "RWF_NOWAIT", 8, raising=False)
+    path = tmp_path / "libraries.json"
+    LibraryFiles(path, VERSIONS).remember()
+    assert LibraryFiles(path, VERSIONS)._known()
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    assert not LibraryFiles(path, VERSIONS)._known()
 
 
 def json_files(path: Path) -> list[Path]:
@@ -115,7 +152,7 @@ def test_a_list_that_is_broken_or_cannot_be_written_is_no_error(
     path.write_text('{"versions": 3', encoding="utf-8")
     files = LibraryFiles(path, VERSIONS)
     read_all(files, read)
-    gone = {"versions": VERSIONS, "files": [str(tmp_path / "gone"), str(tmp_path)]}
+    gone = {"versions": files._versions, "files": [str(tmp_path / "gone"), str(tmp_path)]}
     path.write_text(json.dumps(gone), encoding="utf-8")
     read_all(files, read)
     assert len(read) == 2
@@ -126,14 +163,18 @@ def test_a_list_that_is_broken_or_cannot_be_written_is_no_error(
 def test_what_is_in_the_cache_or_gone_is_passed_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    libraries._read_through(tmp_path / "gone")
+    ended = threading.Event()
+    libraries._read_through(tmp_path / "gone", ended)
     file = MagicMock()
     file.__enter__.return_value = file
     file.read.side_effect = [b"x" * 10, b""]
     monkeypatch.setattr(Path, "open", lambda *_, **__: file)
     monkeypatch.setattr(libraries, "is_cached", lambda _file, _start: True)
-    libraries._read_through(tmp_path / "here")
+    libraries._read_through(tmp_path / "here", ended)
     assert not file.read.called
     monkeypatch.setattr(libraries, "is_cached", lambda _file, _start: False)
-    libraries._read_through(tmp_path / "here")
+    libraries._read_through(tmp_path / "here", ended)
     assert file.read.call_count == 2  # its bytes, and its end
+    ended.set()
+    libraries._read_through(tmp_path / "here", ended)
+    assert file.read.call_count == 2

@@ -17,6 +17,7 @@ import tiny
 from qwen_image_tool.engine import weights
 from qwen_image_tool.engine.cache import TensorCache
 from qwen_image_tool.engine.families.qwen_image import Forward, Transformer
+from qwen_image_tool.engine.host import HostMemory
 from qwen_image_tool.engine.modulation import Modulation
 from qwen_image_tool.engine.ring import Background, Ring, interleaved
 from qwen_image_tool.engine.weights import Checkpoint, Reader
@@ -257,6 +258,47 @@ def test_a_fill_from_a_slow_disk_does_not_hold_up_a_rest(
     placed.rest()
     assert ended.is_set()
     assert [number for number, _ in placed.walk(last=True)] == list(range(6))
+    placed.close()
+
+
+def test_memory_that_is_not_locked_leaves_no_error_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA keeps the error of a call for the next kernel of the thread."""
+    kept: list[int] = []
+
+    class Runtime:
+        def cudaHostRegister(self, *_: int) -> int:  # noqa: N802
+            kept.append(2)
+            return kept[-1]
+
+    def kernel(*_: Any, device: str) -> None:
+        assert device == "cuda"
+        if kept:
+            raise RuntimeError(f"CUDA error {kept.pop()}")
+
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    monkeypatch.setattr(torch, "ones", kernel)
+    memory = HostMemory(4096)
+    memory.lock()
+    assert not memory.locked
+    kernel(device="cuda")
+
+
+@pytest.mark.usefixtures("_no_grad")
+def test_slots_that_nothing_can_fill_are_given_back(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where their page-locked buffers find no memory."""
+    placement = Placement(blocks=6, resident=0, slots=2, source="disk")
+    placed = Transformer(folder, placement, torch.device("cpu"), torch.bfloat16, Reader())
+
+    def refuse(*_: Any) -> Background:
+        raise MemoryError
+
+    monkeypatch.setattr("qwen_image_tool.engine.placed.Background", refuse)
+    with pytest.raises(MemoryError):
+        placed.walk()
+    placed.rest()
+    assert all(weight.is_meta for block in placed.blocks for weight in block.parameters())
     placed.close()
 
 

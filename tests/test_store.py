@@ -227,6 +227,22 @@ def test_a_processor_without_its_tokenizer_is_named(folder_21: Path, tmp_path: P
         locate(str(folder_21), CATALOG, tmp_path)
 
 
+@pytest.mark.parametrize("left", [(), ("vocab.json",), ("merges.txt",)])
+def test_a_tokenizer_without_its_words_is_refused(
+    folder_21: Path, tmp_path: Path, left: tuple[str, ...]
+) -> None:
+    """It would read every prompt as the same few tokens."""
+    words = folder_21 / "processor"
+    whole = (words / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    for name in left:
+        (words / name).write_bytes(whole.read_bytes())
+    with pytest.raises(ModelMissing, match=r"has no vocabulary.* vocab.json with merges.txt"):
+        locate(str(folder_21), CATALOG, tmp_path)
+    for name in ("vocab.json", "merges.txt"):
+        (words / name).write_bytes(whole.read_bytes())
+    assert locate(str(folder_21), CATALOG, tmp_path)
+
+
 def test_block_sizes_are_those_of_the_real_classes(folder_21: Path, tmp_path: Path) -> None:
     """Counted on the meta device, at full size, and on a tiny model."""
     with torch.device("meta"):

@@ -169,6 +169,16 @@ def test_a_cancel_before_there_is_a_worker(bench: Bench, monkeypatch: pytest.Mon
     assert bench.jobs.get(job).state == "cancelled"
 
 
+def test_a_picture_that_was_deleted_meanwhile_shifts_no_other(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job was interrupted after its second picture, and the first was deleted."""
+    monkeypatch.setattr(bench.host, "seeds_saved", lambda _: {6})
+    assert bench.ended(bench.submit("a fox", images=4)).state == "done"
+    infos = [gallery.read_image_info(path) for path in bench.host.files]
+    assert [info.request and info.request.seed for info in infos] == [7, 8]
+
+
 def test_a_worker_that_reads_no_orders_keeps_nobody_waiting(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -308,9 +308,9 @@ class App:
     def _device_for(
         self, installed: store.Installed, emit: Callable[[Event], None], reading: ExitStack
     ) -> Device:
-        """The machine as it was before the engine took memory; a new engine for another model,
-        whose weights are read ahead while `reading` is open."""
-        if self._engine is None or self._device is None or self._engine.installed != installed:
+        """The machine as it was before the engine took memory; a new engine for another model, or
+        for other files of it, whose weights are read ahead while `reading` is open."""
+        if not (self._engine and self._device and self._engine.is_of(installed)):
             self._forget_engine()
             libraries = LibraryFiles(self.settings.cache / "libraries.json", library_versions())
             reading.enter_context(libraries.read())

@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,21 +26,25 @@ USED = 0.5  # of a shared library: one that is used less is left to the system
 
 class LibraryFiles:
     """The files that an import read the last time, kept in the file `path`; another list for other
-    `versions`. Only Linux tells what is in its cache: elsewhere no list is kept."""
+    `versions`, another Python and another folder of its packages. Only Linux tells what is in its
+    cache: elsewhere no list is kept."""
 
     def __init__(self, path: Path, versions: Mapping[str, str]) -> None:
-        self._path, self._versions = path, dict(versions)
+        self._path = path
+        self._versions = {**versions, "python": sys.version, "packages": sys.prefix}
 
     @contextmanager
     def read(self) -> Iterator[None]:
         """While the block runs, bring them into the system's cache of files, in the order in which
         they were imported: an import in the block finds them there."""
+        ended = threading.Event()
         pool = ThreadPoolExecutor(READERS, thread_name_prefix="libraries")
         for file in self._known():
-            pool.submit(_read_through, file)
+            pool.submit(_read_through, file, ended)
         try:
             yield
         finally:
+            ended.set()
             pool.shutdown(cancel_futures=True)
 
     def remember(self) -> None:
@@ -78,8 +83,9 @@ def _shared_libraries() -> list[Path]:
     return [file for file, used in files if file.is_file() and used >= USED * file.stat().st_size]
 
 
-def _read_through(path: Path) -> None:
+def _read_through(path: Path, ended: threading.Event) -> None:
+    """Until it `ended`: the largest have a gigabyte."""
     with contextlib.suppress(OSError), path.open("rb", buffering=0) as file:
         if not is_cached(file.fileno(), 0):
-            while file.read(PIECE):
+            while not ended.is_set() and file.read(PIECE):
                 pass

@@ -264,8 +264,10 @@ class Supervisor:
         job = current.job
         self._host.job_changed(job)
         current.track = Track(self.expected(job.request))
-        saved = self._host.seeds_saved(job)
-        missing = [seed for seed in job.request.seeds if seed not in saved]
+        saved, seeds = self._host.seeds_saved(job), job.request.seeds
+        # They are saved in their order: one that is gone before the last was deleted since
+        begun = max((place for place, seed in enumerate(seeds, 1) if seed in saved), default=0)
+        missing = [*seeds[begun:]]
         if not missing:  # it was interrupted after its last picture
             return lambda: self._jobs.done(job.id, {})
         report = self._drawn(current, missing)

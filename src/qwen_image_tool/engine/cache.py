@@ -30,9 +30,10 @@ class TensorCache:
         path = self._path(key)
         try:
             tensor: torch.Tensor = load_file(path)["tensor"]
-            os.utime(path)
         except (OSError, SafetensorError, KeyError):
             return None
+        with contextlib.suppress(OSError):  # somebody else's file
+            os.utime(path)
         return tensor
 
     def put(self, key: Sequence[object], tensor: torch.Tensor) -> None:

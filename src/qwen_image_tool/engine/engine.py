@@ -6,6 +6,7 @@ import gc
 import itertools
 import math
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
@@ -29,7 +30,14 @@ from qwen_image_tool.engine.cache import TensorCache, checkpoint_identity
 from qwen_image_tool.engine.checks import SAFER, check_image, check_latents
 from qwen_image_tool.engine.denoise import Latents, denoise, noise, schedule
 from qwen_image_tool.engine.sketch import Show, Sideshow, Sketch
-from qwen_image_tool.errors import BrokenPicture, Cancelled, ModelMissing, OutOfMemory
+from qwen_image_tool.errors import (
+    BrokenPicture,
+    Cancelled,
+    ModelMissing,
+    OutOfMemory,
+    TroubleKind,
+    trouble_in,
+)
 from qwen_image_tool.store import Installed
 from qwen_image_tool.types import (
     Event,
@@ -63,10 +71,15 @@ class Engine:
         self, installed: Installed, cache: Path | None = None, previews: bool = False
     ) -> None:
         self.installed = installed
+        self._files = _files(installed)
         self._cache = cache
         self._previews = cache / "previews" if cache and previews else None
         self._parts: _Parts | None = None
         self._emit: Emit = lambda _: None
+
+    def is_of(self, installed: Installed) -> bool:
+        """Whether it runs this model, from the files that are there now."""
+        return installed == self.installed and _files(installed) == self._files
 
     def run(
         self, request: Request, plans: Sequence[Plan], emit: Emit, is_cancelled: IsCancelled
@@ -153,9 +166,10 @@ class Engine:
             # 5. From latents to pixels, one picture at a time
             with watch.phase("decode"):
                 cells = family.unpack(latents, grid)
-                drawn = [
-                    vae.decode(parts.vae, cell[None], family.unscale, plan.strips) for cell in cells
-                ]
+                drawn = []
+                for cell in cells:
+                    reader.check()
+                    drawn.append(vae.decode(parts.vae, cell[None], family.unscale, plan.strips))
                 images = [vae.crop_centre(image, request.size) for image in drawn]
                 for image in images if plan.mode != "exact" else ():
                     check_image(image)
@@ -221,6 +235,7 @@ class _Parts:
             self.tokenizer = text.Tokenizer(folder / family.TOKENIZER, family.wrap, family.SYSTEM)
             self.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
             positions = text.positions(self._text_folder)
+            self._known = self._tensor_cache("embeddings", self._text_folder, EMBEDDINGS_LIMIT)
             self.vae = (
                 family.VAE.from_pretrained(folder / "vae", dtype=self.dtype).to(self.device).eval()
             )
@@ -236,9 +251,9 @@ class _Parts:
                 reader,
                 self._tensor_cache("modulation", installed.transformer, MODULATION_LIMIT),
             )
-        except torch.OutOfMemoryError:
-            raise
         except (OSError, ValueError, KeyError, RuntimeError) as error:
+            if _memory_in(error):
+                raise
             raise ModelMissing(
                 f"The model in {folder} can't be loaded: {error}.", "Download it again."
             ) from error
@@ -247,7 +262,6 @@ class _Parts:
             family.TEXT_POSITIONS,
             positions - self.tokenizer.dropped,
         )
-        self._known = self._tensor_cache("embeddings", self._text_folder, EMBEDDINGS_LIMIT)
 
     def speed_up(self, on_failure: Callable[[str], None]) -> None:
         """Attention and compiled blocks as planned; `on_failure` is told where they don't work."""
@@ -405,6 +419,15 @@ def _shown(
         yield sideshow.show
 
 
+def _files(installed: Installed) -> list[list[str]]:
+    """The state of the files that the model is loaded from."""
+    others = [
+        installed.folder / name for name in installed.model.components if name != "transformer"
+    ]
+    folders = (installed.transformer, *others)
+    return [checkpoint_identity(folder) for folder in folders if folder.is_dir()]
+
+
 def device_name(device: torch.device) -> str:
     """Bits depend on the card, not on its number."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
@@ -427,21 +450,28 @@ def _limit_memory(device: torch.device, limit: int) -> None:
 
 @contextmanager
 def _errors(plan: Plan) -> Iterator[None]:
-    """What torch raises, in words for people."""
+    """What torch and the system raise, in words for people."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise OutOfMemory(
-            f"The memory ran out. {_first_line(error)}".strip(),
-            "Close other programs, or choose a smaller --size.",
-            "memory" if isinstance(error, MemoryError) else "gpu memory",
-        ) from error
-    except RuntimeError as error:
-        if not plan.attention:
+    except (RuntimeError, MemoryError, OSError) as error:
+        if memory := _memory_in(error):
+            raise OutOfMemory(
+                f"The memory ran out. {_first_line(error)}".strip(),
+                "Close other programs, or choose a smaller --size.",
+                memory,
+            ) from error
+        if isinstance(error, OSError) or not plan.attention:
             raise
         raise BrokenPicture(
             f"Attention by {plan.attention} does not work here. {_first_line(error)}".strip(), SAFER
         ) from error
+
+
+def _memory_in(error: BaseException) -> TroubleKind | None:
+    """Which memory ran out, if that is what an error says: torch and its libraries raise a
+    RuntimeError of many words, and memory that is mapped an OSError."""
+    found = trouble_in("".join(traceback.format_exception_only(error)))
+    return found if found in ("gpu memory", "memory") else None
 
 
 def _first_line(error: BaseException) -> str:

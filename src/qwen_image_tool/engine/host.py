@@ -25,6 +25,9 @@ class HostMemory:
         self.locked = int(code) == 0
         if not self.locked:
             log.warning("The system does not lock %d bytes: CUDA error %d", len(self.tensor), code)
+            # CUDA keeps the error for the next kernel of this thread: this one takes it
+            with contextlib.suppress(RuntimeError):
+                torch.ones(1, device="cuda")
 
     def close(self) -> None:
         """Unlock the pages."""

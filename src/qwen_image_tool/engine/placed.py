@@ -92,12 +92,12 @@ class Blocks:
 
     def rest(self) -> None:
         """Give the memory of the slots back until the next walk."""
-        if self._ring and self._slots:
+        if self._ring:
             self._resting.set()
             self._ring.close()
             self._ring = None
-            for module in self._slots:
-                module.to("meta")
+        for module in self._slots:
+            module.to("meta")
 
     def close(self) -> None:
         """End what runs in the background, and give the memory back."""

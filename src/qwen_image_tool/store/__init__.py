@@ -43,8 +43,9 @@ class Blocks(Value):
 
 
 class Installed(Value):
-    """A model that is on this computer. `bytes` maps each component to the size of its weights,
-    the transformer's as it is held: in bfloat16."""
+    """A model that is on this computer. `folder` is absolute: where one was relative and is gone,
+    diffusers and transformers would ask a hub for a model of that name. `bytes` maps each component
+    to the size of its weights, the transformer's as it is held: in bfloat16."""
 
     model: Model
     folder: Path
@@ -223,7 +224,7 @@ def inspect(
     check_shapes(folder / "vae", _tensors(headers["vae"]), {"decoder.conv_in.weight": channels})
     return Installed(
         model=_with_sigmas(model, index.get("sample_sigmas"), folder),
-        folder=folder,
+        folder=folder.absolute(),
         variant=variant,
         bytes=sizes | {"transformer": _as_bfloat16(headers["transformer"])},
         blocks=blocks,
@@ -350,6 +351,8 @@ def _headers(folder: Path, name: str, found: verify.Component | None) -> list[He
             f"The component {name!r} is missing: there is no folder {folder}.", verify.AGAIN
         )
     verify.read_json(folder / verify.CONFIGS.get(name, "config.json"))
+    if name in ("tokenizer", "processor"):
+        _check_vocabulary(folder)
     if name in verify.CONFIGS:
         return []
     for fault in found.faults:
@@ -357,6 +360,14 @@ def _headers(folder: Path, name: str, found: verify.Component | None) -> list[He
     if not found.weights:
         raise ModelMissing(f"The file {folder / 'model.safetensors'} is missing.", verify.AGAIN)
     return list(found.weights.values())
+
+
+def _check_vocabulary(folder: Path) -> None:
+    for files in verify.VOCABULARIES:
+        if all((folder / name).is_file() for name in files):
+            return
+    names = " nor ".join(" with ".join(files) for files in verify.VOCABULARIES)
+    raise ModelMissing(f"{folder} has no vocabulary: neither {names} is there.", verify.AGAIN)
 
 
 def _tensors(headers: list[Header]) -> dict[str, Stored]:

@@ -125,7 +125,8 @@ def _read(piece: Piece, buffer: memoryview) -> int:
     path, start, size = piece
     try:
         with path.open("rb", buffering=0) as file:
-            if is_cached(file.fileno(), start):
+            # Its last byte: the system itself reads on, past the piece before and past the header
+            if is_cached(file.fileno(), start + size - 1):
                 return 0
             file.seek(start)
             return file.readinto(buffer[:size]) or 0

@@ -31,6 +31,8 @@ CONFIGS = {  # of the components without weights
     "tokenizer": "tokenizer_config.json",
     "processor": "tokenizer_config.json",  # the part of it that is read
 }
+# Of a tokenizer, which without them makes nothing of a prompt, and says nothing
+VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 PAGE = 4096  # bytes that a disk is written by
 
 
