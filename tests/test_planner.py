@@ -430,5 +430,5 @@ def test_cards_that_are_not_here() -> None:
     known = card("RTX 4060 Ti")
     assert known.vram_bytes == 16 * GIB
     assert "assumed" in invented(32 * GIB, known.vram_bytes, known).name
-    with pytest.raises(BadRequest, match="Did you mean '4060ti'"):
+    with pytest.raises(BadRequest, match=r"'4060' .* 4060ti, .*--vram 8GiB"):
         card("4060")

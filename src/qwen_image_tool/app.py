@@ -122,7 +122,7 @@ class App:
         return {
             "id": model.id,
             "name": model.name,
-            "tasks": list(model.tasks),
+            "tasks": list(model.does),
             "bytes": model.weight_bytes,
             "licence": model.licence,
             "commercial": licence.commercial,

@@ -83,7 +83,8 @@ class Screen:
             if value not in (None, ""):
                 self.line(f"{name + ':':<{width}}{value}")
 
-    def plan(self, request: Request, plans: tuple[Plan, ...]) -> None:
+    def plan(self, request: Request, plans: tuple[Plan, ...], here: bool = True) -> None:
+        """`here`: the plans are for this computer."""
         plan, *others = plans
         self.facts(
             {
@@ -94,25 +95,27 @@ class Screen:
                 f" {plan.forwards} passes through the model",
                 "Device": f"{plan.device}, {plan.dtype}" + (", compiled" if plan.compiled else ""),
                 "A step copies": amount(plan.bytes_per_step) if plan.bytes_per_step else "",
-                "Takes": f"about {plan.seconds:.0f} s, loading included" if plan.seconds else "",
+                "Takes": f"{pace(plan.seconds)}, loading included" if plan.seconds else "",
                 "Disk": f"{amount(plan.disk_bytes)} at most",
             }
         )
         self.line("")
         self.rows(
-            ("Phase", "RAM", "VRAM", "Reads", "Seconds"),
+            ("Phase", "RAM", "VRAM", "Reads", "Time"),
             [
                 (
                     PHASES[need.phase],
                     gib(need.ram_bytes),
                     gib(need.vram_bytes),
                     amount(need.read_bytes) if need.read_bytes else "",
-                    "" if need.seconds is None else f"{need.seconds:.1f}",
+                    "?" if need.seconds is None else _duration_of_phase(need.seconds),
                 )
                 for need in plan.phases
             ],
         )
         self.line("")
+        if plan.seconds is None:
+            self.line(f"? {UNMEASURED if here else UNKNOWN_MACHINE}")
         for reason in plan.reasons:
             self.line(f"- {reason}")
         if others:
@@ -167,7 +170,7 @@ class Screen:
                 "Licence": f"{licence.name}, "
                 + ("" if licence.commercial else "NOT for commercial use, ")
                 + licence.url,
-                "Does": ", ".join(model.tasks),
+                "Does": ", ".join(model.does),
                 "Sizes": ", ".join(f"{ratio} {size}" for ratio, size in model.sizes.native.items()),
                 "Limits": f"{model.sizes.min_side} to {model.sizes.max_side} pixels a side,"
                 f" {model.sizes.max_pixels / 1e6:.2f} megapixels",
@@ -300,7 +303,10 @@ def _standing(event: Event) -> _Standing | None:
     return None
 
 
-UNMEASURED = "Seconds are not measured yet: the first picture with a model measures this computer."
+UNKNOWN_MACHINE = "Seconds are not known of this machine; --card names cards of which they are."
+UNMEASURED = (
+    "Seconds are not measured yet: the first picture with a large model measures this computer."
+)
 
 
 def _state(row: dict[str, Any]) -> str:
@@ -342,6 +348,10 @@ def _needed(described: dict[str, Any]) -> dict[str, object]:
 
 def pace(seconds: float | None) -> str:
     return "not measured" if seconds is None else f"about {duration(seconds)}"
+
+
+def _duration_of_phase(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 10 else duration(seconds)
 
 
 def duration(seconds: float) -> str:

@@ -96,8 +96,10 @@ def token(as_json: Json = False) -> None:
 
 
 def password() -> None:
-    """Set the password that `qit serve --lan` asks for. Reads it from stdin where that is no
-    terminal."""
+    """Set the password that `qit serve --lan` asks for.
+
+    Reads it from stdin where that is no terminal.
+    """
     from qwen_image_tool.server.gate import Password
 
     if sys.stdin.isatty():
