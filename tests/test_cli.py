@@ -218,7 +218,7 @@ BAD = [
     (["generate", "x", "--size", "64x64", "--ratio", "1:1"], "already says both"),
     (["generate", "x", "MODEL", "--size", "9000x9000"], "Nearest: --size 2048x2048"),
     (["generate", "x", "--steps", "0"], "steps is 0"),
-    (["generate", "x", "--steps", "many"], "'--steps': it is no whole number"),
+    (["generate", "x", "--steps", "many"], "'--steps': it is no integer"),
     (["generate", "x", "--cfg", "much"], "'--cfg': it is no number"),
     (["serve", "--port", "99999"], "'--port': it has to be less than or equal to 65535"),
     (["generate", "a", "red", "circle"], "Put it in quotes"),

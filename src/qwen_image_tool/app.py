@@ -388,9 +388,11 @@ class App:
         return doctor.examine(doctor.gather(self.settings, known or self.look()))
 
 
-def _rank(advice: Advice) -> tuple[bool, bool, int]:
-    """The newest of those that run, and of which the disk has room for."""
-    return not advice.runs, not advice.fits_disk, -int(advice.released.replace("-", ""))
+def _rank(advice: Advice) -> tuple[bool, bool, bool, int]:
+    """The newest of those that run, that the disk has room for, and that the GPU draws where there
+    is one: the CPU takes hours."""
+    newest = -int(advice.released.replace("-", ""))
+    return not advice.runs, not advice.fits_disk, not advice.vram_bytes, newest
 
 
 def made_otherwise(original: gallery.ImageInfo, result: Result) -> str:

@@ -5,7 +5,7 @@ RAM, or from disk. On the CPU, what the RAM does not hold is read from disk. `ne
 each way takes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Literal
 
@@ -328,6 +328,7 @@ def _reasons(needs: Needs, way: Way) -> Iterator[str]:
     """One plain sentence for each choice."""
     if way.device == "cpu":
         yield _why_cpu(needs, way) + _why_disk(needs, way)
+        yield from _why_not_gpu(needs)
     else:
         yield from _why_gpu(needs, way)
     yield from _why_text(needs, way)
@@ -398,6 +399,12 @@ def _why_cpu(needs: Needs, way: Way) -> str:
     return why + (", in float32: the model is small." if small else ", in bfloat16 to save memory.")
 
 
+def _why_not_gpu(needs: Needs) -> Iterator[str]:
+    """What would run on a GPU that this size is too large for: hours on the CPU are minutes there."""
+    if needs.device.kind != "cpu" and not _on_gpu(needs) and (size := _nearest(needs, _on_gpu)):
+        yield f"At --size {size} it runs on {needs.device.name}."
+
+
 def _why_disk(needs: Needs, way: Way) -> str:
     layers, blocks = needs.installed.text_layers, needs.installed.blocks
     once = (way.text.blocks - way.text.resident) * layers.bytes
@@ -449,7 +456,7 @@ def _cannot(needs: Needs) -> CannotRun:
     model, device = needs.installed.model, needs.device
     ram = max(ram for ram, _ in needs.memory(_smallest(needs)).values()) / USABLE_RAM
     gpu = f" and {_gib(device.vram_free_bytes)} of GPU memory" if device.kind != "cpu" else ""
-    nearest = _nearest(needs)
+    nearest = _nearest(needs, _choose)
     hints = [f"choose --size {nearest}" if nearest else ""]
     hints += [f"use --model {DEFAULT_MODEL}" if model.id != DEFAULT_MODEL else ""]
     lacks = (
@@ -464,8 +471,8 @@ def _cannot(needs: Needs) -> CannotRun:
     return CannotRun(" ".join((lacks, *device.notes)), hint, trouble)
 
 
-def _nearest(needs: Needs) -> Size | None:
-    """The largest size of about this shape that can run here."""
+def _nearest(needs: Needs, choose: Callable[[Needs], Way | None]) -> Size | None:
+    """The largest size of about this shape that `choose` finds a way for."""
     sizes = needs.installed.model.sizes
     for part in SMALLER:
         width, height = int(needs.working.width * part), int(needs.working.height * part)
@@ -475,7 +482,7 @@ def _nearest(needs: Needs) -> Size | None:
             sizes.check(size)
         except BadRequest:
             return None
-        if _choose(Needs(request, needs.installed, needs.device)):
+        if choose(Needs(request, needs.installed, needs.device)):
             return size
     return None
 

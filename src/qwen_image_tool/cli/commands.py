@@ -34,7 +34,7 @@ for command in (server.ui, server.serve, server.token, server.password, server.m
     cli.command()(command)
 
 PLAINLY = {  # what Typer says, in plain words
-    "Input should be a valid integer, unable to parse string as an integer": "it is no whole number",
+    "Input should be a valid integer, unable to parse string as an integer": "it is no integer",
     "Input should be a valid number, unable to parse string as a number": "it is no number",
     "Input should be": "it has to be",
 }
@@ -232,7 +232,7 @@ def doctor_command(as_json: Json = False) -> None:
 
 @cli.command()
 def clear_cache() -> None:
-    """Forget what can be made again: prompts that were read, what this computer was measured to do."""
+    """Forget what can be made again: prompts that were read, what was measured and compiled."""
     App(load_settings()).clear_cache()
 
 
