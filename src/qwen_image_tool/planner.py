@@ -400,7 +400,7 @@ def _why_cpu(needs: Needs, way: Way) -> str:
 
 
 def _why_not_gpu(needs: Needs) -> Iterator[str]:
-    """What would run on a GPU that this size is too large for: hours on the CPU are minutes there."""
+    """The size that would run on a GPU that this one is too large for: minutes for hours."""
     if needs.device.kind != "cpu" and not _on_gpu(needs) and (size := _nearest(needs, _on_gpu)):
         yield f"At --size {size} it runs on {needs.device.name}."
 
