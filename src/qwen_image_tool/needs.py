@@ -250,7 +250,7 @@ class Needs:
         # A smaller VAE has narrower layers: products go by the square of the width, traffic by it
         share = self.installed.vae_parameters / family.vae_parameters
         products = share * family.decode_flop / rates.matmul
-        pixel = products + share**0.5 * family.decode_traffic / self._memory_rate(way)
+        pixel = products + math.sqrt(share) * family.decode_traffic / self._memory_rate(way)
         return self.request.images * self.working.pixels * pixel * again
 
     def _copying(self, size: int, source: str, way: Way) -> float | None:
