@@ -344,6 +344,17 @@ def test_seconds_are_near_those_of_an_h100(
     assert drawing.seconds == pytest.approx(20 * seconds, rel=0.15)
 
 
+def test_hours_on_the_cpu_are_said() -> None:
+    slow = CPU_RATES.model_copy(update={"matmul": 3e11})
+    found = plan(device("cpu", 96, rates=slow))
+    [drawing] = [need.seconds for need in found.phases if need.phase == "denoise"]
+    assert drawing
+    assert f"Drawing takes about {drawing / 3600:.1f} hours there." in found.reasons[0]
+    quick = plan(device("cpu", 96, rates=slow), SMALL, size=Size(256, 256))
+    assert "hours" not in quick.reasons[0]
+    assert "hours" not in plan(device("cpu", 96)).reasons[0], "it is not known"
+
+
 def test_a_smaller_vae_decodes_in_less_time() -> None:
     on = device("cpu", 96, rates=CPU_RATES)
     [large, small] = [

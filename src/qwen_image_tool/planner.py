@@ -24,6 +24,7 @@ SLOTS = 2  # buffers that streamed blocks take turns in
 PNG_BYTES_PER_PIXEL = 4  # RGBA that does not compress at all
 METADATA_BYTES = 64 << 10
 FLOAT32_LIMIT = 2 * GIB  # models up to this size compute in float32 on the CPU
+LONG = 1800  # seconds of drawing that are worth a warning
 SMALLER = (0.75, 0.5, 0.375, 0.25)  # of each side, tried for the hint
 
 # transformer, text encoder: from the fastest to what needs least RAM
@@ -327,7 +328,7 @@ def _limit(needs: Needs, way: Way) -> int:
 def _reasons(needs: Needs, way: Way) -> Iterator[str]:
     """One plain sentence for each choice."""
     if way.device == "cpu":
-        yield _why_cpu(needs, way) + _why_disk(needs, way)
+        yield _why_cpu(needs, way) + _why_disk(needs, way) + _why_long(needs, way)
         yield from _why_not_gpu(needs)
     else:
         yield from _why_gpu(needs, way)
@@ -414,6 +415,14 @@ def _why_disk(needs: Needs, way: Way) -> str:
     if not parts:
         return ""
     return f" The RAM does not hold it all: {' and '.join(parts)} are read from disk."
+
+
+def _why_long(needs: Needs, way: Way) -> str:
+    """What a person has to know before 30 GB are fetched for it."""
+    seconds = needs.denoise_seconds(way)
+    if seconds is None or seconds < LONG:
+        return ""
+    return f" Drawing takes about {seconds / 3600:.1f} hours there."
 
 
 def _why_text(needs: Needs, way: Way) -> Iterator[str]:

@@ -18,6 +18,7 @@ from qwen_image_tool.catalog import Licence, Model
 from qwen_image_tool.doctor import Check
 from qwen_image_tool.errors import ToolError
 from qwen_image_tool.gallery import ImageInfo
+from qwen_image_tool.progress import Track
 from qwen_image_tool.types import (
     DownloadProgress,
     Event,
@@ -250,15 +251,16 @@ class _Bar:
     """One bar, for the phase or the transfer that is under way."""
 
     def __init__(self, screen: Screen, progress: Progress) -> None:
-        self._screen, self._progress = screen, progress
+        self._screen, self._progress, self._track = screen, progress, Track({})
         self._task: TaskID | None = None
 
     def __call__(self, event: Event) -> None:
+        self._track.follow(event)
         if isinstance(event, Notice):
             self._screen.note(event.text)
         elif isinstance(event, PhaseStarted):
             self._begin(PHASES[event.phase])
-        elif standing := _standing(event):
+        elif standing := _standing(event, self._track):
             task = self._begin(standing.title) if self._task is None else self._task
             self._progress.update(
                 task, completed=standing.done, total=standing.total, text=standing.text
@@ -273,25 +275,28 @@ class _Bar:
 
 class _Lines:
     def __init__(self, screen: Screen) -> None:
-        self._screen = screen
+        self._screen, self._track = screen, Track({})
         self._last = 0.0
 
     def __call__(self, event: Event) -> None:
+        self._track.follow(event)
         if isinstance(event, Notice):
             self._screen.note(event.text)
         elif isinstance(event, PhaseStarted):
             self._screen.note(f"{PHASES[event.phase]} ...")
-        elif standing := _standing(event):
+        elif standing := _standing(event, self._track):
             now = time.monotonic()
             if standing.done >= standing.total or now - self._last > QUIET_SECONDS:
                 self._last = now
                 self._screen.note(f"  {standing.title and standing.title + ': '}{standing.text}")
 
 
-def _standing(event: Event) -> _Standing | None:
+def _standing(event: Event, track: Track) -> _Standing | None:
+    """Steps are told by `track`, as on the page: the mean of the last ones."""
     if isinstance(event, Stepped):
-        left = event.seconds * (event.steps - event.step)
-        text = f"step {event.step}/{event.steps}, {event.seconds:.2f} s/step, {duration(left)} left"
+        step = track.progress().step_seconds or event.seconds
+        left = duration(step * (event.steps - event.step))
+        text = f"step {event.step}/{event.steps}, {step:.2f} s/step, {left} left"
         return _Standing(event.step, event.steps, text)
     if isinstance(event, Loading | DownloadProgress | VerifyProgress) and event.total_bytes:
         text = f"{amount(event.done_bytes)} of {amount(event.total_bytes)}"
