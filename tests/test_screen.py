@@ -87,7 +87,8 @@ def test_a_bar_on_a_terminal(events: list[Event], texts: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(4.2, "4 s"), (99, "99 s"), (600, "10 min"), (9000, "2.5 h")]
+    ("seconds", "text"),
+    [(4.2, "4 s"), (99, "99 s"), (133.4, "2 min 13 s"), (600, "10 min"), (9000, "2.5 h")],
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text

@@ -87,6 +87,7 @@ class Screen:
     def plan(self, request: Request, plans: tuple[Plan, ...], here: bool = True) -> None:
         """`here`: the plans are for this computer."""
         plan, *others = plans
+        a_step = "A step reads" if plan.device == "cpu" else "A step copies"
         self.facts(
             {
                 "Model": request.model,
@@ -95,7 +96,7 @@ class Screen:
                 "Sampling": f"{request.steps} steps, CFG {request.cfg:g},"
                 f" {plan.forwards} passes through the model",
                 "Device": f"{plan.device}, {plan.dtype}" + (", compiled" if plan.compiled else ""),
-                "A step copies": amount(plan.bytes_per_step) if plan.bytes_per_step else "",
+                a_step: amount(plan.bytes_per_step) if plan.bytes_per_step else "",
                 "Takes": f"{pace(plan.seconds)}, loading included" if plan.seconds else "",
                 "Disk": f"{amount(plan.disk_bytes)} at most",
             }
@@ -362,6 +363,8 @@ def _duration_of_phase(seconds: float) -> str:
 def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
+    if seconds < 600:
+        return f"{int(seconds) // 60} min {int(seconds) % 60} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
