@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 
 import full_size
+from qwen_image_tool.catalog import load_catalog
 from qwen_image_tool.catalog.costs import Costs, FamilyCosts, load_costs
 from qwen_image_tool.decoding import DECODINGS
 from qwen_image_tool.store import blocks_of
@@ -200,6 +201,7 @@ def family(
             traffic(name, timed["deep compiled"], timed["shallow compiled"], rates), 1
         ),
         decode_slack=round(max(1.0, slack), 3),
+        vae_parameters=load_catalog().find(name).components["vae"].parameters,
         decode_flop=round(deep["decode_flop"] / pixels),
         decode_traffic=round(decoding * rates.memory / pixels),
     )
@@ -250,7 +252,6 @@ def cpu_process(folder: str) -> dict[str, Any]:
 
 def engine_modules(folder: Path) -> Any:
     """Everything that a run imports."""
-    from qwen_image_tool.catalog import load_catalog
     from qwen_image_tool.engine import engine, families
     from qwen_image_tool.store import locate
 

@@ -25,7 +25,7 @@ BROWSERS = (
 
 def main(arguments: Sequence[str]) -> int:
     name, *rest = arguments
-    if name == "test" and not browser():
+    if name == "test" and not {"-h", "--help"} & {*rest} and not browser():
         return 1
     commands = {"test": test, "check": check, "fix": fix}[name](rest)
     codes = [run(command) for command in commands]

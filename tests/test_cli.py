@@ -137,11 +137,17 @@ def test_plan_for_a_machine_and_a_model_that_are_not_here(qit: Any) -> None:
     small = qit("plan", "qwen-image", "--ram", "12GiB", "--vram", "0", "--size", "256x256")
     assert small.code == 0
     assert "are read from disk" in small.out
+    assert "A step reads: " in small.out
+    assert "? Seconds are not known of this machine" in small.out
     large = qit("plan", "qwen-image", "--ram", "64GiB", "--vram", "80GiB", "--json").json
     assert large["plan"]["device"] == "cuda"
     assert large["plan"]["placement"] == {"blocks": 60, "resident": 60}
     card = qit("plan", "qwen-image", "--ram", "32GiB", "--card", "4060ti")
     assert "4060TI (assumed rates)" in card.out
+    assert re.search(r"Takes: +about \d+ min( \d+ s)?, loading", card.out)
+    assert re.search(r"Drawing .* \d+ min( \d+ s)? *\n", card.out)
+    assert "?" not in card.out
+    assert "A step copies: " in card.out
     assert "If the memory runs out, in this order:" in card.out
     anyway = ("plan", "qwen-image", "--ram", "2GiB", "--vram", "3GiB", "--anyway", "--json")
     assert qit(*anyway).json["plan"]["reasons"][0].startswith("It may not fit")
@@ -214,21 +220,27 @@ BAD = [
     (["generate", "x", "--size", "64x64", "--ratio", "1:1"], "already says both"),
     (["generate", "x", "MODEL", "--size", "9000x9000"], "Nearest: --size 2048x2048"),
     (["generate", "x", "--steps", "0"], "steps is 0"),
-    (["generate", "x", "--steps", "many"], "'--steps': Input should be a valid integer"),
+    (["generate", "x", "--steps", "many"], "'--steps': it is no integer"),
+    (["generate", "x", "--cfg", "much"], "'--cfg': it is no number"),
+    (["serve", "--port", "99999"], "'--port': it has to be less than or equal to 65535"),
+    (["generate", "a", "red", "circle"], "Put it in quotes"),
     (["generate", "x", "--cfg", "0.5"], "cfg is 0.5"),
     (["generate", "x", "--seed", "-1"], "seed is -1"),
     (["generate", "x", "--seed", str(2**63)], f"Use {2**63 - 1} or less"),
     (["generate", "x", "--n", "0"], "images is 0"),
-    (["generate", "x", "--mode", "magic"], "'default' or 'exact'"),
+    (["generate", "x", "--mode", "magic"], "There is no mode 'magic'. Choose default or exact."),
     (["generate", "x", "--ram", "much"], "Write it like 8GiB"),
-    (["plan", "--ram", "8GiB"], "A machine has both"),
+    (["plan", "--ram", "8GiB"], "only the RAM is given"),
+    (["plan", "--vram", "8GiB"], "only the card is given"),
+    (["plan", "--vram", "8GiB", "--card", "4090", "--ram", "8GiB"], "Leave --vram out"),
     (["generate", "x", "MODEL", "--cfg", "1", "--negative", "dark"], "does nothing at CFG 1"),
     (["generate", "word " * 300, "MODEL", "--cfg", "1"], "the model reads 1024"),
     (["generate", "--from", "no.png"], "no.png"),
     (["generate", "--from", "plain.png"], "carries no request"),
     (["generate", "x", "MODEL", "--out", "plain.png"], "plain.png"),
     (["generate", "x", "--colour", "red"], "--colour"),
-    (["info", "no.png"], "no.png"),
+    (["info", "no.png"], "There is no picture no.png. Check the path."),
+    (["info", "."], ". can't be read"),
     (["models", "show", "qwen"], "There is no model 'qwen'"),
     (["draw", "x"], "draw"),
 ]

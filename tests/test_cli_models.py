@@ -404,6 +404,17 @@ def test_what_can_not_be_run_is_not_recommended(vram: int, ram: int) -> None:
 
 
 @pytest.mark.usefixtures("hub")
+@pytest.mark.parametrize("ram", [8, 16, 32])
+def test_a_model_that_the_gpu_draws_comes_before_newer_ones_on_the_cpu(ram: int) -> None:
+    card = {"vram_bytes": 4 * GIB, "vram_free_bytes": 4 * GIB, "ram_free_bytes": ram * GIB}
+    here = Device(kind="cuda", name="card", ram_bytes=ram * GIB, **card)
+    best, *others = App(load_settings()).recommend(here)
+    assert best.model == "qwen-image-2512"
+    assert best.vram_bytes
+    assert "qwen-image-2.1-turbo" in {each.model for each in others if not each.vram_bytes}
+
+
+@pytest.mark.usefixtures("hub")
 def test_a_disk_that_is_too_full_is_said_and_put_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     app = App(load_settings())
     usage = shutil.disk_usage("/")

@@ -208,6 +208,10 @@ def test_ui_opens_the_page_of_the_one_that_runs(
         assert run(["ui"]) == 0
         assert done.wait(10)
         assert opened == [f"{running.url}/?__t={TOKEN}"]
-        assert "running already" in capfd.readouterr().err
-        assert run(["ui", "--no-browser"]) == 0
+        said = capfd.readouterr()
+        assert "running already" in said.err
+        assert "Ctrl-C" not in said.err, "that would end nothing"
+        assert said.out == f"QwenImageTool is at {running.url}/?__t={TOKEN}\n"
+        assert run(["ui", "--no-browser", "--json-ready"]) == 0
+        assert json.loads(capfd.readouterr().out)["event"] == "ready"
         assert len(opened) == 1

@@ -28,6 +28,8 @@ def test_another_computer_may_not(host: str) -> None:
 
 
 def test_what_stands_in_backticks_is_code() -> None:
-    said = "`qit models get <name> --force` fetches it & no ` else."
-    as_html = "<code>qit models get &lt;name&gt; force</code> fetches it &amp; no ` else."
+    said = "`qit models get <name> --force` fetches it & no ` else, --size 64x64."
+    as_html = (
+        "<code>qit models get &lt;name&gt; --force</code> fetches it &amp; no ` else, size 64x64."
+    )
     assert kit.told(load_words("en"), said) == as_html

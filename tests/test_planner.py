@@ -344,6 +344,39 @@ def test_seconds_are_near_those_of_an_h100(
     assert drawing.seconds == pytest.approx(20 * seconds, rel=0.15)
 
 
+def test_hours_on_the_cpu_are_said() -> None:
+    slow = CPU_RATES.model_copy(update={"matmul": 3e11})
+    found = plan(device("cpu", 96, rates=slow))
+    [drawing] = [need.seconds for need in found.phases if need.phase == "denoise"]
+    assert drawing
+    assert f"Drawing takes about {drawing / 3600:.1f} hours there." in found.reasons[0]
+    quick = plan(device("cpu", 96, rates=slow), SMALL, size=Size(256, 256))
+    assert "hours" not in quick.reasons[0]
+    assert "hours" not in plan(device("cpu", 96)).reasons[0], "it is not known"
+
+
+def test_a_smaller_vae_decodes_in_less_time() -> None:
+    on = device("cpu", 96, rates=CPU_RATES)
+    [large, small] = [
+        next(need.seconds for need in plan(on, model, size=Size(256, 256)).phases[::-1])
+        for model in (FULL, SMALL)
+    ]
+    assert large
+    assert small
+    assert large / 50 < small < large / 10
+
+
+def test_a_card_that_is_too_small_for_this_size_is_said_with_one_that_it_draws() -> None:
+    on = device("cuda", 32, 4)
+    found = plan(on, NEW, size=Size(2048, 2048))
+    assert found.device == "cpu"
+    [said] = [reason for reason in found.reasons if "it runs on A100" in reason]
+    size = Size.parse(said.split()[2])
+    assert plan(on, NEW, size=size).device == "cuda"
+    assert "it runs on" not in " ".join(plan(device("cuda", 32, 1), NEW).reasons)
+    assert "it runs on" not in " ".join(plans(device("cuda", 32, 8), NEW)[-1].reasons)
+
+
 def test_small_models_compute_in_float32_on_the_cpu() -> None:
     assert plan(device("cpu", 4), SMALL, size=Size(256, 256)).dtype == "float32"
     assert plan(device("cpu", 96)).dtype == "bfloat16"
@@ -430,5 +463,5 @@ def test_cards_that_are_not_here() -> None:
     known = card("RTX 4060 Ti")
     assert known.vram_bytes == 16 * GIB
     assert "assumed" in invented(32 * GIB, known.vram_bytes, known).name
-    with pytest.raises(BadRequest, match="Did you mean '4060ti'"):
+    with pytest.raises(BadRequest, match=r"'4060' .* 4060ti, .*--vram 8GiB"):
         card("4060")

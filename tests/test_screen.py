@@ -54,6 +54,16 @@ def test_lines(capsys: pytest.CaptureFixture[str]) -> None:
     ]
 
 
+def test_one_slow_step_does_not_change_the_time_left_by_much(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with Screen().progress() as show:
+        for step in range(1, 100):
+            show(Stepped(step=step, steps=100, seconds=0.1))
+        show(Stepped(step=100, steps=100, seconds=1.1))
+    assert "step 100/100, 0.40 s/step, 0 s left" in capsys.readouterr().err
+
+
 def test_lines_are_few(capsys: pytest.CaptureFixture[str]) -> None:
     with Screen().progress() as show:
         for step in range(1, 500):
@@ -77,7 +87,8 @@ def test_a_bar_on_a_terminal(events: list[Event], texts: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(4.2, "4 s"), (99, "99 s"), (600, "10 min"), (9000, "2.5 h")]
+    ("seconds", "text"),
+    [(4.2, "4 s"), (99, "99 s"), (133.4, "2 min 13 s"), (600, "10 min"), (9000, "2.5 h")],
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text

@@ -122,7 +122,7 @@ class App:
         return {
             "id": model.id,
             "name": model.name,
-            "tasks": list(model.tasks),
+            "tasks": list(model.does),
             "bytes": model.weight_bytes,
             "licence": model.licence,
             "commercial": licence.commercial,
@@ -392,9 +392,11 @@ class App:
         return doctor.examine(doctor.gather(self.settings, known or self.look()))
 
 
-def _rank(advice: Advice) -> tuple[bool, bool, int]:
-    """The newest of those that run, and of which the disk has room for."""
-    return not advice.runs, not advice.fits_disk, -int(advice.released.replace("-", ""))
+def _rank(advice: Advice) -> tuple[bool, bool, bool, int]:
+    """The newest of those that run, that the disk has room for, and that the GPU draws where there
+    is one: the CPU takes hours."""
+    newest = -int(advice.released.replace("-", ""))
+    return not advice.runs, not advice.fits_disk, not advice.vram_bytes, newest
 
 
 def made_otherwise(original: gallery.ImageInfo, result: Result) -> str:

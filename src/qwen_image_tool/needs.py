@@ -247,7 +247,10 @@ class Needs:
             return None
         family, height = self._family, self.working.height
         again = 1 + (2 * REACH_PIXELS * (way.strips - 1)) / height
-        pixel = family.decode_flop / rates.matmul + family.decode_traffic / self._memory_rate(way)
+        # A smaller VAE has narrower layers: products go by the square of the width, traffic by it
+        share = self.installed.vae_parameters / family.vae_parameters
+        products = share * family.decode_flop / rates.matmul
+        pixel = products + math.sqrt(share) * family.decode_traffic / self._memory_rate(way)
         return self.request.images * self.working.pixels * pixel * again
 
     def _copying(self, size: int, source: str, way: Way) -> float | None:

@@ -5,7 +5,7 @@ RAM, or from disk. On the CPU, what the RAM does not hold is read from disk. `ne
 each way takes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Literal
 
@@ -24,6 +24,7 @@ SLOTS = 2  # buffers that streamed blocks take turns in
 PNG_BYTES_PER_PIXEL = 4  # RGBA that does not compress at all
 METADATA_BYTES = 64 << 10
 FLOAT32_LIMIT = 2 * GIB  # models up to this size compute in float32 on the CPU
+LONG = 1800  # seconds of drawing that are worth a warning
 SMALLER = (0.75, 0.5, 0.375, 0.25)  # of each side, tried for the hint
 
 # transformer, text encoder: from the fastest to what needs least RAM
@@ -327,7 +328,8 @@ def _limit(needs: Needs, way: Way) -> int:
 def _reasons(needs: Needs, way: Way) -> Iterator[str]:
     """One plain sentence for each choice."""
     if way.device == "cpu":
-        yield _why_cpu(needs, way) + _why_disk(needs, way)
+        yield _why_cpu(needs, way) + _why_disk(needs, way) + _why_long(needs, way)
+        yield from _why_not_gpu(needs)
     else:
         yield from _why_gpu(needs, way)
     yield from _why_text(needs, way)
@@ -398,6 +400,12 @@ def _why_cpu(needs: Needs, way: Way) -> str:
     return why + (", in float32: the model is small." if small else ", in bfloat16 to save memory.")
 
 
+def _why_not_gpu(needs: Needs) -> Iterator[str]:
+    """The size that would run on a GPU that this one is too large for: minutes for hours."""
+    if needs.device.kind != "cpu" and not _on_gpu(needs) and (size := _nearest(needs, _on_gpu)):
+        yield f"At --size {size} it runs on {needs.device.name}."
+
+
 def _why_disk(needs: Needs, way: Way) -> str:
     layers, blocks = needs.installed.text_layers, needs.installed.blocks
     once = (way.text.blocks - way.text.resident) * layers.bytes
@@ -407,6 +415,14 @@ def _why_disk(needs: Needs, way: Way) -> str:
     if not parts:
         return ""
     return f" The RAM does not hold it all: {' and '.join(parts)} are read from disk."
+
+
+def _why_long(needs: Needs, way: Way) -> str:
+    """What a person has to know before 30 GB are fetched for it."""
+    seconds = needs.denoise_seconds(way)
+    if seconds is None or seconds < LONG:
+        return ""
+    return f" Drawing takes about {seconds / 3600:.1f} hours there."
 
 
 def _why_text(needs: Needs, way: Way) -> Iterator[str]:
@@ -449,7 +465,7 @@ def _cannot(needs: Needs) -> CannotRun:
     model, device = needs.installed.model, needs.device
     ram = max(ram for ram, _ in needs.memory(_smallest(needs)).values()) / USABLE_RAM
     gpu = f" and {_gib(device.vram_free_bytes)} of GPU memory" if device.kind != "cpu" else ""
-    nearest = _nearest(needs)
+    nearest = _nearest(needs, _choose)
     hints = [f"choose --size {nearest}" if nearest else ""]
     hints += [f"use --model {DEFAULT_MODEL}" if model.id != DEFAULT_MODEL else ""]
     lacks = (
@@ -464,8 +480,8 @@ def _cannot(needs: Needs) -> CannotRun:
     return CannotRun(" ".join((lacks, *device.notes)), hint, trouble)
 
 
-def _nearest(needs: Needs) -> Size | None:
-    """The largest size of about this shape that can run here."""
+def _nearest(needs: Needs, choose: Callable[[Needs], Way | None]) -> Size | None:
+    """The largest size of about this shape that `choose` finds a way for."""
     sizes = needs.installed.model.sizes
     for part in SMALLER:
         width, height = int(needs.working.width * part), int(needs.working.height * part)
@@ -475,7 +491,7 @@ def _nearest(needs: Needs) -> Size | None:
             sizes.check(size)
         except BadRequest:
             return None
-        if _choose(Needs(request, needs.installed, needs.device)):
+        if choose(Needs(request, needs.installed, needs.device)):
             return size
     return None
 

@@ -412,7 +412,12 @@ def _bad_request(error: ValidationError) -> BadRequest:
     if "ge" in limits:
         return BadRequest(f"{field} is {first['input']}.", f"Use {limits['ge']:g} or more.")
     if "le" in limits:
-        return BadRequest(f"{field} is {first['input']}.", f"Use {limits['le']} or less.")
+        most = limits["le"]
+        most = most if isinstance(most, int) else f"{most:g}"  # seeds keep all their digits
+        return BadRequest(f"{field} is {first['input']}.", f"Use {most} or less.")
     if first["type"] == "extra_forbidden":
         return BadRequest(f"{field} is not a field of a {error.title.lower()}.", "Leave it out.")
+    if first["type"] == "literal_error":
+        choices = limits["expected"].replace("'", "")
+        return BadRequest(f"There is no {field} {first['input']!r}.", f"Choose {choices}.")
     return BadRequest(f"{field} {first['input']!r} can't be used:", f"{first['msg']}.")

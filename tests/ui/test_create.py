@@ -54,6 +54,36 @@ def test_the_resolution_follows_the_ratio(site: Site) -> None:
         expect(visit.field("Size")).to_have_value("180 x 320 pixels")
 
 
+def test_labels_slide_under_the_buttons(site: Site) -> None:
+    with site.visit() as visit:
+        label = visit.page.locator("label span", has_text="Pictures").first
+        visit.page.set_viewport_size({"width": 1180, "height": 1000})
+        [bar, box] = [each.bounding_box() for each in (visit.page.locator("#qit-go"), label)]
+        assert bar
+        assert box
+        middle = box["y"] + box["height"] / 2
+        height = int(middle + bar["height"] / 2)
+        visit.page.set_viewport_size({"width": 1180, "height": height})
+        above = "([x, y]) => !!document.elementFromPoint(x, y).closest('#qit-go')"
+        assert visit.page.evaluate(above, [box["x"] + box["width"] / 2, middle])
+
+
+def test_a_number_beyond_its_limits_is_said_and_the_page_goes_on(site: Site) -> None:
+    """Gradio's own limits would answer every event of the form with an error that says nothing."""
+    with site.visit() as visit:
+        visit.advanced()
+        for label, wrong, right, said in (
+            ("Steps", "0", "5", "steps is 0. Use 1 or more."),
+            ("True CFG scale", "99", "3", "cfg is 99. Use 50 or less."),
+            ("Pictures", "101", "1", "images is 101. Use 100 or less."),
+        ):
+            visit.write(label, wrong)
+            for part in re.split(r"(?<=\.) ", said):
+                expect(visit.plan).to_contain_text(part)
+            visit.write(label, right)
+            expect(visit.plan).to_contain_text("Runs on")
+
+
 def test_every_control_is_in_the_request(site: Site) -> None:
     with site.visit() as visit:
         visit.choose("Aspect Ratio", "3:2")

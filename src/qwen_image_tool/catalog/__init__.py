@@ -12,6 +12,7 @@ from qwen_image_tool.types import Request, Size, Value
 
 DEFAULT_MODEL = "practice"
 Task = Literal["text-to-image", "edit", "layers"]
+RUN: tuple[Task, ...] = ("text-to-image",)  # the tasks that this version runs
 Family = Literal["qwen-image", "qwen-image-2.1"]
 
 
@@ -145,6 +146,12 @@ class Model(Value):
         default_factory=dict, description="Component -> the model that publishes the same files"
     )
     variants: tuple[Variant, ...] = ()
+
+    @property
+    def does(self) -> tuple[Task, ...]:
+        """What can be done with it here: of a model that runs, what this version runs; of another,
+        what it is made for."""
+        return self.tasks if self.unsupported else RUN
 
     def variant(self, name: str) -> Variant | None:
         """The variant called `name`; None for "bf16", the model's own. Raises BadRequest."""

@@ -5,7 +5,7 @@ from importlib.resources import files
 
 from pydantic import Field
 
-from qwen_image_tool.catalog import Family, did_you_mean
+from qwen_image_tool.catalog import Family
 from qwen_image_tool.errors import BadRequest
 from qwen_image_tool.types import Rates, Value
 
@@ -23,6 +23,7 @@ class FamilyCosts(Value):
     decode_slack: float = Field(
         description="Memory of our own decoder, as a multiple of its tensors: kernels work in it"
     )
+    vae_parameters: int = Field(description="Of the VAE that the next two were measured with")
     decode_flop: float = Field(description="To decode one pixel")
     decode_traffic: float = Field(description="Bytes that decoding one pixel reads and writes")
 
@@ -54,11 +55,14 @@ def load_costs() -> Costs:
 
 
 def card(name: str) -> Card:
-    """Raises BadRequest that names the nearest card. About 0.85 of the data sheets' peaks, with the
+    """Raises BadRequest that names the known ones. About 0.85 of the data sheets' peaks, with the
     bus of a usual machine and an NVMe disk; only those of an H100 were measured."""
     key = "".join(name.lower().split()).removeprefix("rtx")
     if key not in _CARDS:
-        raise BadRequest(f"There is no card {name!r}.", did_you_mean(key, list(_CARDS)))
+        raise BadRequest(
+            f"What a card {name!r} does is not known here.",
+            f"Choose one of {', '.join(_CARDS)}, or give its memory, such as --vram 8GiB.",
+        )
     gib, matmul, attention, memory, bus = _CARDS[key]
     rates = Rates(
         matmul=matmul * 1e12,

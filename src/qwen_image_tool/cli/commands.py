@@ -33,6 +33,12 @@ cli.add_typer(models, name="models")
 for command in (server.ui, server.serve, server.token, server.password, server.mcp):
     cli.command()(command)
 
+PLAINLY = {  # what Typer says, in plain words
+    "Input should be a valid integer, unable to parse string as an integer": "it is no integer",
+    "Input should be a valid number, unable to parse string as a number": "it is no number",
+    "Input should be": "it has to be",
+}
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 ModelOption = Annotated[
     str | None,
@@ -188,7 +194,7 @@ def plan(
         first, *others = (each.to_dict() for each in found)
         screen.json({"request": request.to_dict(), "plan": first, "fallbacks": others})
     else:
-        screen.plan(request, found)
+        screen.plan(request, found, here=machine is None)
 
 
 @cli.command()
@@ -226,7 +232,7 @@ def doctor_command(as_json: Json = False) -> None:
 
 @cli.command()
 def clear_cache() -> None:
-    """Forget the prompts that were read before; they are read again when needed."""
+    """Forget what can be made again: prompts that were read, what was measured and compiled."""
     App(load_settings()).clear_cache()
 
 
@@ -264,9 +270,13 @@ def _machine(ram: str | None, vram: str | None, card: str | None) -> Device | No
     known = find_card(card) if card else None
     if ram is None and vram is None and known is None:
         return None
+    if vram is not None and known is not None:
+        raise BadRequest("--card already says how much memory it has.", "Leave --vram out.")
     if ram is None or (vram is None and known is None):
         raise BadRequest(
-            "A machine has both.", "Give --ram, and --vram or --card; --vram 0 is no card."
+            f"A machine has RAM and a card, and only the {'card' if ram is None else 'RAM'} is"
+            " given.",
+            "Give --ram with --vram or --card; --vram 0 is no card.",
         )
     vram_bytes = _bytes("--vram", vram) if vram else known and known.vram_bytes
     return invented(_bytes("--ram", ram) or 0, vram_bytes or 0, known)
@@ -284,5 +294,11 @@ def _bytes(option: str, text: str | None) -> int | None:
 def _usage(error: typer.TyperException) -> BadRequest:
     command = getattr(getattr(error, "ctx", None), "command_path", "qit")
     text = error.format_message() if hasattr(error, "format_message") else str(error)
+    if command == "qit generate" and "unexpected extra argument" in text:
+        return BadRequest(
+            "The sentence has to be one argument.", 'Put it in quotes: qit generate "a red circle".'
+        )
+    for theirs, ours in PLAINLY.items():
+        text = text.replace(theirs, ours)
     said = text.rstrip(".") or "No command was given"
     return BadRequest(f"{said}.", f"`{command} --help` shows what there is.")

@@ -208,8 +208,10 @@ def repair(model: Id, as_json: JsonLines = False) -> None:
 
 @models.command()
 def remove(model: Id, variant: VariantOption = "", as_json: Json = False) -> None:
-    """Delete a model, or one variant of its transformer alone. Files that other models share
-    stay."""
+    """Delete a model, or one variant of its transformer alone.
+
+    Files that other models share stay.
+    """
     app, screen = App(load_settings()), Screen(as_json)
     entry = app.catalog.find(model)
     freed = app.library.remove(entry, variant)

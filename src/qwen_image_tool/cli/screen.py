@@ -18,6 +18,7 @@ from qwen_image_tool.catalog import Licence, Model
 from qwen_image_tool.doctor import Check
 from qwen_image_tool.errors import ToolError
 from qwen_image_tool.gallery import ImageInfo
+from qwen_image_tool.progress import Track
 from qwen_image_tool.types import (
     DownloadProgress,
     Event,
@@ -83,8 +84,10 @@ class Screen:
             if value not in (None, ""):
                 self.line(f"{name + ':':<{width}}{value}")
 
-    def plan(self, request: Request, plans: tuple[Plan, ...]) -> None:
+    def plan(self, request: Request, plans: tuple[Plan, ...], here: bool = True) -> None:
+        """`here`: the plans are for this computer."""
         plan, *others = plans
+        a_step = "A step reads" if plan.device == "cpu" else "A step copies"
         self.facts(
             {
                 "Model": request.model,
@@ -93,26 +96,28 @@ class Screen:
                 "Sampling": f"{request.steps} steps, CFG {request.cfg:g},"
                 f" {plan.forwards} passes through the model",
                 "Device": f"{plan.device}, {plan.dtype}" + (", compiled" if plan.compiled else ""),
-                "A step copies": amount(plan.bytes_per_step) if plan.bytes_per_step else "",
-                "Takes": f"about {plan.seconds:.0f} s, loading included" if plan.seconds else "",
+                a_step: amount(plan.bytes_per_step) if plan.bytes_per_step else "",
+                "Takes": f"{pace(plan.seconds)}, loading included" if plan.seconds else "",
                 "Disk": f"{amount(plan.disk_bytes)} at most",
             }
         )
         self.line("")
         self.rows(
-            ("Phase", "RAM", "VRAM", "Reads", "Seconds"),
+            ("Phase", "RAM", "VRAM", "Reads", "Time"),
             [
                 (
                     PHASES[need.phase],
                     gib(need.ram_bytes),
                     gib(need.vram_bytes),
                     amount(need.read_bytes) if need.read_bytes else "",
-                    "" if need.seconds is None else f"{need.seconds:.1f}",
+                    "?" if need.seconds is None else _duration_of_phase(need.seconds),
                 )
                 for need in plan.phases
             ],
         )
         self.line("")
+        if plan.seconds is None:
+            self.line(f"? {UNMEASURED if here else UNKNOWN_MACHINE}")
         for reason in plan.reasons:
             self.line(f"- {reason}")
         if others:
@@ -167,7 +172,7 @@ class Screen:
                 "Licence": f"{licence.name}, "
                 + ("" if licence.commercial else "NOT for commercial use, ")
                 + licence.url,
-                "Does": ", ".join(model.tasks),
+                "Does": ", ".join(model.does),
                 "Sizes": ", ".join(f"{ratio} {size}" for ratio, size in model.sizes.native.items()),
                 "Limits": f"{model.sizes.min_side} to {model.sizes.max_side} pixels a side,"
                 f" {model.sizes.max_pixels / 1e6:.2f} megapixels",
@@ -247,15 +252,16 @@ class _Bar:
     """One bar, for the phase or the transfer that is under way."""
 
     def __init__(self, screen: Screen, progress: Progress) -> None:
-        self._screen, self._progress = screen, progress
+        self._screen, self._progress, self._track = screen, progress, Track({})
         self._task: TaskID | None = None
 
     def __call__(self, event: Event) -> None:
+        self._track.follow(event)
         if isinstance(event, Notice):
             self._screen.note(event.text)
         elif isinstance(event, PhaseStarted):
             self._begin(PHASES[event.phase])
-        elif standing := _standing(event):
+        elif standing := _standing(event, self._track):
             task = self._begin(standing.title) if self._task is None else self._task
             self._progress.update(
                 task, completed=standing.done, total=standing.total, text=standing.text
@@ -270,25 +276,28 @@ class _Bar:
 
 class _Lines:
     def __init__(self, screen: Screen) -> None:
-        self._screen = screen
+        self._screen, self._track = screen, Track({})
         self._last = 0.0
 
     def __call__(self, event: Event) -> None:
+        self._track.follow(event)
         if isinstance(event, Notice):
             self._screen.note(event.text)
         elif isinstance(event, PhaseStarted):
             self._screen.note(f"{PHASES[event.phase]} ...")
-        elif standing := _standing(event):
+        elif standing := _standing(event, self._track):
             now = time.monotonic()
             if standing.done >= standing.total or now - self._last > QUIET_SECONDS:
                 self._last = now
                 self._screen.note(f"  {standing.title and standing.title + ': '}{standing.text}")
 
 
-def _standing(event: Event) -> _Standing | None:
+def _standing(event: Event, track: Track) -> _Standing | None:
+    """Steps are told by `track`, as on the page: the mean of the last ones."""
     if isinstance(event, Stepped):
-        left = event.seconds * (event.steps - event.step)
-        text = f"step {event.step}/{event.steps}, {event.seconds:.2f} s/step, {duration(left)} left"
+        step = track.progress().step_seconds or event.seconds
+        left = duration(step * (event.steps - event.step))
+        text = f"step {event.step}/{event.steps}, {step:.2f} s/step, {left} left"
         return _Standing(event.step, event.steps, text)
     if isinstance(event, Loading | DownloadProgress | VerifyProgress) and event.total_bytes:
         text = f"{amount(event.done_bytes)} of {amount(event.total_bytes)}"
@@ -300,7 +309,10 @@ def _standing(event: Event) -> _Standing | None:
     return None
 
 
-UNMEASURED = "Seconds are not measured yet: the first picture with a model measures this computer."
+UNKNOWN_MACHINE = "Seconds are not known of this machine; --card names cards of which they are."
+UNMEASURED = (
+    "Seconds are not measured yet: the first picture with a large model measures this computer."
+)
 
 
 def _state(row: dict[str, Any]) -> str:
@@ -344,9 +356,15 @@ def pace(seconds: float | None) -> str:
     return "not measured" if seconds is None else f"about {duration(seconds)}"
 
 
+def _duration_of_phase(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 10 else duration(seconds)
+
+
 def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
+    if seconds < 600:
+        return f"{int(seconds) // 60} min {int(seconds) % 60} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 

@@ -55,7 +55,7 @@ def ui(
     screen = Screen(json_ready)
     if where := _found_running():
         screen.note("QwenImageTool is running already; this is its page.")
-        _welcome(screen, where, lan=False)
+        _where(screen, where)
         if not no_browser:
             _browse(where)
     else:
@@ -96,8 +96,10 @@ def token(as_json: Json = False) -> None:
 
 
 def password() -> None:
-    """Set the password that `qit serve --lan` asks for. Reads it from stdin where that is no
-    terminal."""
+    """Set the password that `qit serve --lan` asks for.
+
+    Reads it from stdin where that is no terminal.
+    """
     from qwen_image_tool.server.gate import Password
 
     if sys.stdin.isatty():
@@ -132,11 +134,7 @@ def _run(
     from qwen_image_tool.ui.host import Page
 
     def ready(where: "Running") -> None:
-        if screen.as_json:
-            screen.line(run.ready_line(where))
-            sys.stdout.flush()
-        else:
-            _welcome(screen, where, lan)
+        _welcome(screen, where, lan)
         then(where)
 
     settings = load_settings()
@@ -170,8 +168,18 @@ def _browse(where: "Running") -> None:
     threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
 
 
+def _where(screen: Screen, where: "Running") -> None:
+    from qwen_image_tool.server.run import ready_line
+
+    page = f"QwenImageTool is at {where.url}/?__t={where.token}"
+    screen.line(ready_line(where) if screen.as_json else page)
+    sys.stdout.flush()
+
+
 def _welcome(screen: Screen, where: "Running", lan: bool) -> None:
-    screen.line(f"QwenImageTool is at {where.url}/?__t={where.token}")
+    _where(screen, where)
+    if screen.as_json:
+        return
     if lan:
         import segno
 

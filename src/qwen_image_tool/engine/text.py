@@ -38,7 +38,7 @@ class Tokenizer:
         if count > limit and not truncate:
             raise PromptTooLong(
                 f"The prompt has {count} tokens; the model reads {limit}.",
-                "Shorten it, or give --truncate to have its end cut off.",
+                "Shorten it. `qit generate --truncate` cuts off its end.",
             )
         return ids[: limit + self.dropped]
 

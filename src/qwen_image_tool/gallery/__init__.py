@@ -161,8 +161,11 @@ def _read(path: Path) -> tuple[Size, dict[str, str]]:
     try:
         with path.expanduser().open("rb") as file:
             return _read_file(file, str(path))
+    except FileNotFoundError as error:
+        raise NotOurPicture(f"There is no picture {path}.", "Check the path.") from error
     except (OSError, RuntimeError) as error:
-        raise NotOurPicture(f"{path} can't be read: {error}.", "Check the path.") from error
+        why = getattr(error, "strerror", None) or error
+        raise NotOurPicture(f"{path} can't be read: {why}.", "Check the path.") from error
 
 
 def _read_file(file: BinaryIO, name: str) -> tuple[Size, dict[str, str]]:

@@ -100,7 +100,7 @@ def _head(t: Words, book: Book, is_best: bool) -> str:
         "edit": t("Edits pictures"),
         "layers": t("Makes layers"),
     }
-    does = " · ".join(tasks[task] for task in book.model.tasks)
+    does = " · ".join(tasks[task] for task in book.model.does)
     return (
         f'<header><h3 id="qit-book-{text(book.model.id)}">{text(t.known(book.model.name))}</h3>'
         f'<span class="soft">{text(does)}</span>{"".join(marks)}</header>'

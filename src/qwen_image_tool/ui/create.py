@@ -79,9 +79,8 @@ def _fields(kit: Kit) -> tuple[list[Any], gr.Textbox]:
         elem_id="qit-model",
     )
     with gr.Row(elem_id="qit-seeds"):
-        images = gr.Number(
-            1, label=t("Pictures"), minimum=1, maximum=100, precision=0, min_width=80
-        )
+        # Without limits: beyond them Gradio answers no event of the form, and says nothing
+        images = gr.Number(1, label=t("Pictures"), precision=0, min_width=80)
         seed = gr.Textbox(
             label=t("Seed"), placeholder=t("random"), max_lines=1, min_width=150, elem_id="qit-seed"
         )
@@ -89,8 +88,8 @@ def _fields(kit: Kit) -> tuple[list[Any], gr.Textbox]:
             random = gr.Button(t("Random seed"), min_width=0, size="sm")
             reuse = gr.Button(t("Reuse last seed"), min_width=0, size="sm")
     with gr.Accordion(t("Advanced"), open=False), gr.Row():
-        steps = gr.Number(label=t("Steps"), minimum=1, maximum=1000, precision=0, min_width=90)
-        cfg = gr.Number(label=t("True CFG scale"), minimum=1, maximum=50, step=0.5, min_width=90)
+        steps = gr.Number(label=t("Steps"), precision=0, min_width=90)
+        cfg = gr.Number(label=t("True CFG scale"), step=0.5, min_width=90)
         modes = [(mode_text(t, mode), mode) for mode in MODES]
         mode = gr.Dropdown(modes, value="default", label=t("Mode"), min_width=170)
 

@@ -203,8 +203,9 @@ def _from_here(http: gr.Request, do: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def sentence(t: Words, said: str) -> str:
-    """What the program says, for the page: options of the command line lose their dashes."""
-    return t.known(re.sub(r"(?<!\S)--(?=[a-z])", "", said))
+    """What the program says, for the page: options of the command line lose their dashes, but not
+    in a command, which stands in backticks."""
+    return t.known(re.sub(r"(`[^`]*`)|(?<!\S)--(?=[a-z])", lambda found: found[1] or "", said))
 
 
 def told(t: Words, said: str) -> str:

@@ -21,6 +21,7 @@ class Steps:
     advice: Advice | None
     name: str = ""
     licence: str = ""
+    commercial: bool = True
 
 
 def steps(service: Service) -> Steps | None:
@@ -31,8 +32,8 @@ def steps(service: Service) -> Steps | None:
     if advice is None:
         return Steps(service.index.count(), None)
     model = service.app.catalog.find(advice.model)
-    licence = service.app.catalog.licence_of(model).name
-    return Steps(service.index.count(), advice, model.name, licence)
+    licence = service.app.catalog.licence_of(model)
+    return Steps(service.index.count(), advice, model.name, licence.name, licence.commercial)
 
 
 def first_request() -> Request:
@@ -75,6 +76,8 @@ def _real(t: Words, now: Steps) -> str:
             t("Get a real model"), t("Reading what this computer can do …"), "", done=False
         )
     facts = [now.name, t("{size} to download", size=size_text(now.advice.to_fetch)), now.licence]
+    if not now.commercial:
+        facts.append(t("Not for commercial use"))
     if now.advice.seconds is not None:
         facts.append(t("{time} a picture", time=time_text(t, now.advice.seconds)))
     said = f"{' · '.join(facts)}. {sentence(t, now.advice.reason)}"
