@@ -2,7 +2,9 @@
 
 import functools
 import gc
+import mmap
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch.nn import functional
 
 import tiny
 from qwen_image_tool.catalog import load_catalog
-from qwen_image_tool.engine import attention, compiled, families, text, vae
+from qwen_image_tool.engine import attention, compiled, families, placed, text, vae
 from qwen_image_tool.engine import denoise as denoising
 from qwen_image_tool.engine.engine import Engine, Run
 from qwen_image_tool.engine.weights import Reader
@@ -231,6 +233,49 @@ def test_the_next_plan_follows_when_the_memory_runs_out(
     assert held[0] > held[2], "the failed runs' memory is given back first"
     for ours, theirs in zip(run.images, expected.images, strict=True):
         assert np.array_equal(np.asarray(ours), np.asarray(theirs))
+    engine.release()
+
+
+NO_MEMORY: dict[str, Callable[[], object]] = {
+    "torch": lambda: torch.empty(1 << 50, dtype=torch.uint8),
+    "the system": lambda: mmap.mmap(-1, 1 << 50),
+    "cuBLAS": lambda: fail("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"),
+    "CUDA": lambda: fail("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`"),
+    "Apple": lambda: fail("MPS backend out of memory (MPS allocated: 20 GB, max allowed: 21 GB)."),
+    "Intel": lambda: fail("level_zero backend failed (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)"),
+}
+
+
+def fail(text: str) -> None:
+    raise RuntimeError(text)
+
+
+@pytest.mark.parametrize("who", NO_MEMORY)
+@pytest.mark.parametrize("when", ["load", "denoise"])
+def test_memory_that_runs_out_is_known_in_any_words(
+    folder: Path, who: str, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's own class is raised by some of its allocators alone."""
+    engine = Engine(locate(str(folder), load_catalog(), Path()))
+    place, name = {
+        "load": (placed.Blocks, "_device_memory"),
+        "denoise": (families.family("qwen-image").Forward, "__call__"),
+    }[when]
+    plain: Any = getattr(place, name)
+    tried: list[int] = []
+
+    def once(*given: Any) -> Any:
+        tried.append(1)
+        if len(tried) == 1:
+            NO_MEMORY[who]()
+        return plain(*given)
+
+    monkeypatch.setattr(place, name, once)
+    events: list[Event] = []
+    run = draw(engine, [plan(attention="_native_math"), plan()], events)
+    assert run.plan == plan()
+    [notice] = [event.text for event in events if isinstance(event, Notice)]
+    assert notice.startswith("The memory ran out.")
     engine.release()
 
 

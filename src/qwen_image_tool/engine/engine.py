@@ -29,7 +29,14 @@ from qwen_image_tool.engine.cache import TensorCache, checkpoint_identity
 from qwen_image_tool.engine.checks import SAFER, check_image, check_latents
 from qwen_image_tool.engine.denoise import Latents, denoise, noise, schedule
 from qwen_image_tool.engine.sketch import Show, Sideshow, Sketch
-from qwen_image_tool.errors import BrokenPicture, Cancelled, ModelMissing, OutOfMemory
+from qwen_image_tool.errors import (
+    BrokenPicture,
+    Cancelled,
+    ModelMissing,
+    OutOfMemory,
+    TroubleKind,
+    trouble_in,
+)
 from qwen_image_tool.store import Installed
 from qwen_image_tool.types import (
     Event,
@@ -238,9 +245,9 @@ class _Parts:
                 reader,
                 self._tensor_cache("modulation", installed.transformer, MODULATION_LIMIT),
             )
-        except torch.OutOfMemoryError:
-            raise
         except (OSError, ValueError, KeyError, RuntimeError) as error:
+            if _lacking(error):
+                raise
             raise ModelMissing(
                 f"The model in {folder} can't be loaded: {error}.", "Download it again."
             ) from error
@@ -432,18 +439,27 @@ def _errors(plan: Plan) -> Iterator[None]:
     """What torch raises, in words for people."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise OutOfMemory(
-            f"The memory ran out. {_first_line(error)}".strip(),
-            "Close other programs, or choose a smaller --size.",
-            "memory" if isinstance(error, MemoryError) else "gpu memory",
-        ) from error
-    except RuntimeError as error:
-        if not plan.attention:
+    except (MemoryError, OSError, RuntimeError) as error:
+        if lacking := _lacking(error):
+            raise OutOfMemory(
+                f"The memory ran out. {_first_line(error)}".strip(),
+                "Close other programs, or choose a smaller --size.",
+                lacking,
+            ) from error
+        if not plan.attention or isinstance(error, OSError):
             raise
         raise BrokenPicture(
             f"Attention by {plan.attention} does not work here. {_first_line(error)}".strip(), SAFER
         ) from error
+
+
+def _lacking(error: BaseException) -> TroubleKind | None:
+    """Which memory ran out, where that is what the error says. torch has a class for that, and does
+    not raise it for the CPU, for Apple's GPU, or where a library of its own finds none."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "gpu memory"
+    kind = trouble_in(f"{type(error).__name__}: {error}")
+    return kind if kind in ("memory", "gpu memory") else None
 
 
 def _first_line(error: BaseException) -> str:
