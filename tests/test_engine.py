@@ -6,6 +6,7 @@ import mmap
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import tiny
 from qwen_image_tool.catalog import load_catalog
 from qwen_image_tool.engine import attention, compiled, families, placed, text, vae
 from qwen_image_tool.engine import denoise as denoising
-from qwen_image_tool.engine.engine import Engine, Run
+from qwen_image_tool.engine.engine import Engine, Run, limit_memory
 from qwen_image_tool.engine.weights import Reader
 from qwen_image_tool.errors import BrokenPicture, Cancelled, OutOfMemory
 from qwen_image_tool.store import locate
@@ -291,6 +292,29 @@ def test_the_last_plan_s_failure_is_the_error(
     with pytest.raises(OutOfMemory, match="memory ran out"):
         draw(engine, [plan(), plan(compiled=True)], [])
     engine.release()
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu", "mps"])
+def test_every_gpu_is_capped_and_gives_its_memory_back(
+    kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU that isn't here: what torch's module of its name is told."""
+    told: list[Any] = []
+    gpu = SimpleNamespace(
+        get_device_properties=lambda _: SimpleNamespace(total_memory=16 << 30),
+        recommended_max_memory=lambda: 16 << 30,
+        set_per_process_memory_fraction=told.append,
+        empty_cache=lambda: told.append("emptied"),
+    )
+    monkeypatch.setattr(torch, "get_device_module", lambda *_: gpu)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    for limit in (4 << 30, 0, 20 << 30):
+        limit_memory(torch.device(kind), limit)
+    assert told == [0.25, 1.0, 1.0]
+    Engine(locate(str(folder), load_catalog(), Path())).release()
+    assert told.pop() == "emptied"
+    limit_memory(torch.device("cpu"), 1 << 30)
+    assert len(told) == 3
 
 
 def pixels(run: Run) -> list[Any]:
