@@ -178,6 +178,48 @@ def test_cancelling_at_any_time_leaves_the_memory_as_it_was(folder: Path) -> Non
     assert tried > 7
 
 
+IN_RAM = Placement(blocks=6, resident=2, slots=2, source="pageable")
+
+
+@pytest.mark.parametrize(
+    ("family", "placement"), [("qwen-image", FROM_DISK), ("qwen-image-2.1", IN_RAM)]
+)
+def test_a_run_can_be_cancelled_at_every_stage(
+    family: str, placement: Placement, tmp_path: Path
+) -> None:
+    """After whatever it said last; and the memory is as it was."""
+    save = tiny.save if family == "qwen-image" else tiny.save_21
+    engine = Engine(locate(str(save(tmp_path, layers=6)), load_catalog(), Path()))
+    layers = Placement(blocks=engine.installed.text_layers.count, resident=1, slots=1)
+    way = plan(placement).model_copy(
+        update={
+            "working_size": Size(64, 64),
+            "text_placement": layers.model_copy(update={"source": placement.source}),
+        }
+    )
+
+    def stages(last: int) -> list[str]:
+        """Cancelled once it has said `last` things, beside how much is read."""
+        said: list[str] = []
+
+        def emit(event: Event) -> None:
+            if isinstance(event, PhaseStarted | Stepped):
+                said.append(event.phase if isinstance(event, PhaseStarted) else str(event.step))
+
+        engine.run(REQUEST, [way], emit, lambda: len(said) >= last)
+        return said
+
+    whole = stages(10**9)  # after it, what libraries keep for good is there
+    assert whole == ["load", "encode", "load", "denoise", "1", "2", "3", "decode"]
+    engine.release()
+    before = live()
+    for last in range(len(whole) + 1):
+        with pytest.raises(Cancelled):
+            stages(last)
+        engine.release()
+        assert live() == before, f"after {whole[:last]}"
+
+
 def test_the_picture_is_decoded_in_the_memory_of_the_slots(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

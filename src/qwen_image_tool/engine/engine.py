@@ -162,7 +162,8 @@ class Engine:
             with watch.phase("decode"):
                 cells = family.unpack(latents, grid)
                 drawn = [
-                    vae.decode(parts.vae, cell[None], family.unscale, plan.strips) for cell in cells
+                    vae.decode(parts.vae, cell[None], family.unscale, plan.strips)
+                    for cell in watch.each(cells)
                 ]
                 images = [vae.crop_centre(image, request.size) for image in drawn]
                 for image in images if plan.mode != "exact" else ():
@@ -380,6 +381,12 @@ class _Watch:
             self._emit(Loading(done_bytes=reader.done, total_bytes=reader.expected))
             self._check()
         loading.result()
+
+    def each(self, cells: torch.Tensor) -> Iterator[torch.Tensor]:
+        """One picture's after the other, while the run is not cancelled."""
+        for cell in cells:
+            self._check()
+            yield cell
 
     def stepped(self, step: int, seconds: float, latents: Latents) -> None:
         self._emit(Stepped(step=step, steps=self._steps, seconds=seconds))
