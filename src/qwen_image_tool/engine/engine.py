@@ -436,8 +436,8 @@ def _forget_tables() -> None:
 
 
 def limit_memory(device: torch.device, limit: int) -> None:
-    """Make torch fail above `limit` bytes of the GPU; 0 lifts the limit. Not verified on Apple's and
-    Intel's."""
+    """Make torch fail above `limit` bytes of the GPU; 0 lifts the limit. Not verified on GPUs of
+    Apple and Intel."""
     if device.type == "cpu":
         return
     gpu: Any = torch.get_device_module(device)

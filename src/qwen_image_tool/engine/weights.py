@@ -104,8 +104,8 @@ class Checkpoint:
             raise ModelMissing(f"{self.folder} has no tensor {name}.", AGAIN) from None
 
     def check(self, name: str, parameter: torch.Tensor) -> Stored:
-        """The tensor that fills `parameter`. Raises ModelMissing where their shapes differ, or where
-        it holds whole numbers, which are weights by some rule of their own alone."""
+        """The tensor that fills `parameter`. Raises ModelMissing where their shapes differ, or
+        where it holds whole numbers, which are weights by a rule of their own alone."""
         stored = self[name]
         if not stored.dtype.is_floating_point:
             raise ModelMissing(
