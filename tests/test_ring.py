@@ -14,7 +14,7 @@ from diffusers import QwenImageTransformer2DModel
 from torch import nn
 
 import tiny
-from qwen_image_tool.engine import weights
+from qwen_image_tool.engine import families, weights
 from qwen_image_tool.engine.cache import TensorCache
 from qwen_image_tool.engine.families.qwen_image import Forward, Transformer
 from qwen_image_tool.engine.modulation import Modulation
@@ -192,6 +192,33 @@ def test_every_placement_has_the_bits_of_the_plain_forward(
                 )[0]
                 assert torch.equal(ours[picture][half], theirs)
     placed.close()
+
+
+@pytest.mark.parametrize("pictures", [1, 3])
+@pytest.mark.parametrize("name", ["qwen-image", "qwen-image-2.1"])
+@pytest.mark.usefixtures("_no_grad")
+def test_pictures_and_halves_share_each_pass_over_the_weights(
+    name: str, pictures: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the last blocks of a step are computed while the first of the next are on their way."""
+    save = tiny.save if name == "qwen-image" else tiny.save_21
+    family, where = families.family(name), save(tmp_path, layers=6) / "transformer"
+    device, dtype = torch.device("cpu"), torch.bfloat16
+    model = family.Transformer(where, PLACEMENTS[1], device, dtype, Reader())
+    forward = family.Forward(model, torch.tensor([900.0, 500.0, 20.0]), (4, 6), Reader())
+    conditions = [forward.condition(torch.randn(1, n, 32).to(dtype)) for n in (5, 9)]
+    latents = torch.randn(pictures, 24, 64).to(dtype)
+    plain, fills = Background.start, []
+
+    def start(self: Background, block: int, slot: int) -> None:
+        fills.append(block)
+        plain(self, block, slot)
+
+    monkeypatch.setattr(Background, "start", start)
+    for step, expected in enumerate((8, 14, 18)):
+        forward(latents, step, conditions)
+        assert fills == [0, 1, 2, 3, 4, 5] * (expected // 6) + [0, 1][: expected % 6]
+    model.close()
 
 
 @pytest.mark.usefixtures("_no_grad")
