@@ -20,6 +20,7 @@ from qwen_image_tool import logs
 from qwen_image_tool.cli.commands import run
 from qwen_image_tool.engine import text
 from qwen_image_tool.errors import ModelMissing
+from qwen_image_tool.planner import USABLE_RAM
 
 pytestmark = pytest.mark.usefixtures("torch_asked_once")
 QUICK = ["--size", "64x64", "--steps", "2"]
@@ -150,11 +151,16 @@ def test_plan_for_a_machine_and_a_model_that_are_not_here(qit: Any) -> None:
     assert "needs" in tiny_machine.err
 
 
-def test_a_run_with_little_ram_reads_from_disk_and_draws_the_same(qit: Any, model: str) -> None:
+def test_a_run_with_little_ram_reads_from_disk_and_draws_the_same(qit: Any, tmp_path: Path) -> None:
+    model = str(tiny.save(tmp_path / "six", layers=6))
     common = ["generate", "a cat", "-m", model, *QUICK, "--seed", "3", "--json"]
     whole = qit(*common).json
-    assert whole["plan"]["placement"]["resident"] == 2
+    assert whole["plan"]["placement"] == {"blocks": 6, "resident": 6}
     need = max(phase["ram_bytes"] for phase in whole["plan"]["phases"])
+    little = qit(*common, "--ram", f"{int((need - 1) / USABLE_RAM)}B").json
+    assert little["plan"]["placement"]["source"] == "disk"
+    files = [result["images"][0]["path"] for result in (whole, little)]
+    assert np.array_equal(*map(pixels, files))
     assert qit(*common, "--ram", f"{need // 2}B").json["error"]["kind"] == "CannotRun"
 
 
