@@ -125,6 +125,15 @@ def test_info(qit: Any, model: str) -> None:
     assert qit("info", str(path), "--json").json["request"]["seed"] == 3
 
 
+def test_the_mode_stands_in_the_picture(qit: Any, model: str) -> None:
+    for number, mode in enumerate(("default", "exact")):
+        qit("generate", "a cat", "-m", model, *QUICK, "--mode", mode, "--out", mode)
+        told = qit("info", str(pictures(Path(mode))[0]), "--json").json
+        assert told["request"].get("mode", "default") == mode
+        assert told["plan"].get("mode", "default") == mode
+        assert told["plan"].get("single_frame", True) == (not number), "diffusers' own decoder"
+
+
 def test_plan_reads_no_weights_and_writes_nothing(qit: Any, model: str) -> None:
     said = qit("plan", model, "--size", "121x90")
     assert said.code == 0
