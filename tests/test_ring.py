@@ -1,9 +1,11 @@
 """The ring's order with a transfer that records, and the real moves on tiny models."""
 
 import itertools
+import re
 import shutil
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from diffusers import QwenImageTransformer2DModel
 from torch import nn
 
 import tiny
-from qwen_image_tool.engine import families, weights
+from qwen_image_tool.engine import families, text, weights
 from qwen_image_tool.engine.cache import TensorCache
 from qwen_image_tool.engine.families.qwen_image import Forward, Transformer
 from qwen_image_tool.engine.modulation import Modulation
@@ -219,6 +221,53 @@ def test_pictures_and_halves_share_each_pass_over_the_weights(
         forward(latents, step, conditions)
         assert fills == [0, 1, 2, 3, 4, 5] * (expected // 6) + [0, 1][: expected % 6]
     model.close()
+
+
+@pytest.mark.parametrize("name", ["qwen-image", "qwen-image-2.1"])
+@pytest.mark.usefixtures("_no_grad")
+def test_prompts_share_one_pass_over_layers_alone(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No head and no vision tower is read, and of the table of words what the prompts say."""
+    save = tiny.save if name == "qwen-image" else tiny.save_21
+    family, where = families.family(name), save(tmp_path) / "text_encoder"
+    known = {each.name: each for each in Checkpoint(where).tensors.values()}
+    read, names = weights.read, []
+
+    def noting(pairs: Any, *rest: Any, **more: Any) -> None:
+        pairs = list(pairs)
+        names.extend(stored.name for stored, _ in pairs)
+        read(pairs, *rest, **more)
+
+    monkeypatch.setattr(weights, "read", noting)
+    count = len({number for each in known for number in re.findall(r"layers\.(\d+)\.", each)})
+    placement = Placement(blocks=count, resident=0, slots=1, source="disk")
+    kind, normed, device = family.TEXT_MODEL, family.TEXT_NORMED, torch.device("cpu")
+    encoder = text.TextEncoder(kind, normed, where, placement, device, torch.bfloat16, Reader())
+    encoder.encode([[1, 2, 3], [4, 5]], Reader())
+    encoder.close()
+    counted = Counter(names)
+    words = [each for each in counted if "embed_tokens" in each]
+    assert [counted.pop(each) for each in words] == [5]
+    assert {each for each in counted if ".layers." not in each} <= {words[0][:-19] + "norm.weight"}
+    assert counted.keys() >= {each for each in known if re.search(r"(model|guage)\S*layers", each)}
+    assert set(counted.values()) == {1}
+    assert any("visual" in each or "lm_head" in each for each in known)
+
+
+@pytest.mark.usefixtures("_no_grad")
+def test_a_prompt_that_is_left_early_gives_the_slots_back(tmp_path: Path) -> None:
+    """The next prompt may be a known one, and nobody walks here then."""
+    family, where = families.family("qwen-image"), tiny.save(tmp_path) / "text_encoder"
+    placement = Placement(blocks=2, resident=0, slots=1, source="disk")
+    kind, device = family.TEXT_MODEL, torch.device("cpu")
+    encoder = text.TextEncoder(kind, True, where, placement, device, torch.bfloat16, Reader())
+    with pytest.raises(Cancelled):
+        encoder.encode([[1, 2, 3]], Reader(lambda: True))
+    assert all(each.is_meta for slot in encoder._layers.modules for each in slot.parameters())
+    [states] = encoder.encode([[1, 2, 3]], Reader())
+    assert states.isfinite().all()
+    encoder.close()
 
 
 @pytest.mark.usefixtures("_no_grad")

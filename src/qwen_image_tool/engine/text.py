@@ -111,15 +111,17 @@ class TextEncoder:
         no mask to be causal.
         """
         layers = self._layers.walk(last=True)  # the first are on their way while the words are read
-        states = [self._embed(ids) for ids in prompts]
-        rotary = [self._rotary(state) for state in states]
-        for _, layer in layers:
-            reader.check()
-            states = [
-                layer(state, attention_mask=None, position_embeddings=turns)
-                for state, turns in zip(states, rotary, strict=True)
-            ]
-        self._layers.rest()
+        try:
+            states = [self._embed(ids) for ids in prompts]
+            rotary = [self._rotary(state) for state in states]
+            for _, layer in layers:
+                reader.check()
+                states = [
+                    layer(state, attention_mask=None, position_embeddings=turns)
+                    for state, turns in zip(states, rotary, strict=True)
+                ]
+        finally:
+            self._layers.rest()
         return [self._model.norm(state) for state in states] if self._normed else states
 
     def close(self) -> None:
