@@ -17,6 +17,7 @@ from torch._subclasses import FakeTensor
 from torch.nn import functional
 
 import tiny
+from async_gpu import Cudart
 from qwen_image_tool.catalog import load_catalog
 from qwen_image_tool.engine import attention, compiled, families, placed, text, vae
 from qwen_image_tool.engine import denoise as denoising
@@ -290,6 +291,25 @@ def test_what_is_walked_once_ends_within_a_block(
     with pytest.raises(Cancelled):
         (read_prompt if part == "text_encoder" else make_table)()
     assert walked == [0]
+
+
+@pytest.mark.parametrize("refuses", [0, 3])
+def test_pages_that_the_system_does_not_lock_are_said(
+    folder: Path, refuses: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the picture is drawn from them, all the same way."""
+    engine = Engine(locate(str(folder), load_catalog(), Path()))
+    expected = draw(engine, [plan()], [])
+    runtime = Cudart(refuses)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    events: list[Event] = []
+    run = draw(engine, [plan(Placement(blocks=6, resident=2, slots=2, source="pinned"))], events)
+    [notice] = [event.text for event in events if isinstance(event, Notice)]
+    assert notice.startswith(f"The system does not page-lock {4 - refuses} of the blocks, so")
+    assert all(map(np.array_equal, pixels(run), pixels(expected)))
+    assert len(runtime.locked) == refuses
+    engine.release()
+    assert not runtime.locked
 
 
 def test_the_picture_is_decoded_in_the_memory_of_the_slots(

@@ -232,7 +232,8 @@ def test_prompts_share_one_pass_over_layers_alone(
     save = tiny.save if name == "qwen-image" else tiny.save_21
     family, where = families.family(name), save(tmp_path) / "text_encoder"
     known = {each.name: each for each in Checkpoint(where).tensors.values()}
-    read, names = weights.read, []
+    read = weights.read
+    names: list[str] = []
 
     def noting(pairs: Any, *rest: Any, **more: Any) -> None:
         pairs = list(pairs)

@@ -54,6 +54,7 @@ from qwen_image_tool.types import (
 )
 
 PREVIEW_SECONDS = 0.4  # at least, between two previews
+UNLOCKED = "of the blocks, so they cross to the GPU more slowly, by way of a buffer."
 Emit = Callable[[Event], None]
 IsCancelled = Callable[[], bool]
 # Bytes on disk. A prompt of the 20B family takes about 0.3 MB, a schedule 4.4 MB a step
@@ -140,6 +141,8 @@ class Engine:
                 if parts.device.type != "cpu" and not parts.transformer.loading.done():
                     forward.rehearse(latents, conditions)
                 watch.wait(parts.transformer.loading, reader)
+                if refused := parts.transformer.unlocked:
+                    emit(Notice(text=f"The system does not page-lock {refused} {UNLOCKED}"))
 
             # 4. From noise to latents
             with watch.phase("denoise"):
