@@ -20,6 +20,7 @@ from qwen_image_tool import logs
 from qwen_image_tool.cli.commands import run
 from qwen_image_tool.engine import text
 from qwen_image_tool.errors import ModelMissing
+from qwen_image_tool.planner import USABLE_RAM
 
 pytestmark = pytest.mark.usefixtures("torch_asked_once")
 QUICK = ["--size", "64x64", "--steps", "2"]
@@ -124,6 +125,15 @@ def test_info(qit: Any, model: str) -> None:
     assert qit("info", str(path), "--json").json["request"]["seed"] == 3
 
 
+def test_the_mode_stands_in_the_picture(qit: Any, model: str) -> None:
+    for number, mode in enumerate(("default", "exact")):
+        qit("generate", "a cat", "-m", model, *QUICK, "--mode", mode, "--out", mode)
+        told = qit("info", str(pictures(Path(mode))[0]), "--json").json
+        assert told["request"].get("mode", "default") == mode
+        assert told["plan"].get("mode", "default") == mode
+        assert told["plan"].get("single_frame", True) == (not number), "diffusers' own decoder"
+
+
 def test_plan_reads_no_weights_and_writes_nothing(qit: Any, model: str) -> None:
     said = qit("plan", model, "--size", "121x90")
     assert said.code == 0
@@ -156,11 +166,16 @@ def test_plan_for_a_machine_and_a_model_that_are_not_here(qit: Any) -> None:
     assert "needs" in tiny_machine.err
 
 
-def test_a_run_with_little_ram_reads_from_disk_and_draws_the_same(qit: Any, model: str) -> None:
+def test_a_run_with_little_ram_reads_from_disk_and_draws_the_same(qit: Any, tmp_path: Path) -> None:
+    model = str(tiny.save(tmp_path / "six", layers=6))
     common = ["generate", "a cat", "-m", model, *QUICK, "--seed", "3", "--json"]
     whole = qit(*common).json
-    assert whole["plan"]["placement"]["resident"] == 2
+    assert whole["plan"]["placement"] == {"blocks": 6, "resident": 6}
     need = max(phase["ram_bytes"] for phase in whole["plan"]["phases"])
+    little = qit(*common, "--ram", f"{int((need - 1) / USABLE_RAM)}B").json
+    assert little["plan"]["placement"]["source"] == "disk"
+    files = [result["images"][0]["path"] for result in (whole, little)]
+    assert np.array_equal(*map(pixels, files))
     assert qit(*common, "--ram", f"{need // 2}B").json["error"]["kind"] == "CannotRun"
 
 
@@ -178,8 +193,10 @@ def test_a_known_prompt_needs_no_text_encoder(
     assert qit(*common, "--out", "again").code == 0
     assert "was loaded" in qit("generate", "a dog", "-m", model, *QUICK).err
     assert np.array_equal(pixels(pictures()[0]), pixels(pictures(Path("again"))[0]))
+    kept = [home / "cache" / name for name in ("embeddings", "modulation", "rates")]
+    assert all(any(folder.iterdir()) for folder in kept)
     assert qit("clear-cache").code == 0
-    assert not (home / "cache" / "embeddings").exists()
+    assert not any(folder.exists() for folder in kept)
     assert "was loaded" in qit(*common).err
 
 

@@ -2,9 +2,12 @@
 
 import functools
 import gc
+import mmap
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -16,11 +19,12 @@ from torch._subclasses import FakeTensor
 from torch.nn import functional
 
 import tiny
+from async_gpu import Cudart
 from qwen_image_tool.app import App
 from qwen_image_tool.catalog import load_catalog
-from qwen_image_tool.engine import attention, compiled, families, text, vae
+from qwen_image_tool.engine import attention, compiled, families, placed, text, vae
 from qwen_image_tool.engine import denoise as denoising
-from qwen_image_tool.engine.engine import Engine, Run
+from qwen_image_tool.engine.engine import Engine, Run, limit_memory
 from qwen_image_tool.engine.weights import Reader
 from qwen_image_tool.errors import BrokenPicture, Cancelled, ModelMissing, OutOfMemory
 from qwen_image_tool.settings import Settings
@@ -84,14 +88,13 @@ def live() -> tuple[int, int]:
 
 def test_phases_and_steps_are_told_in_order(folder: Path, tmp_path: Path) -> None:
     engine = Engine(locate(str(folder), load_catalog(), Path()), tmp_path)
-    for known in (False, True):
+    for _known in (False, True):
         events: list[Event] = []
         run = draw(engine, [plan()], events)
         phases = [event.phase for event in events if isinstance(event, PhaseStarted)]
         assert phases == ["load", "encode", "load", "denoise", "decode"]
         assert [e.step for e in events if isinstance(e, Stepped)] == [1, 2, 3]
         assert set(run.seconds) == {"load", "encode", "denoise", "decode"}
-        assert known or all(e.done_bytes <= e.total_bytes for e in events if isinstance(e, Loading))
     engine.release()
 
 
@@ -137,25 +140,63 @@ def test_new_prompts_are_read_in_whole_tiles_where_cudnn_makes_a_plan_for_each_l
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
-def test_the_text_encoder_is_loaded_while_the_modulation_is_made(
+def test_the_transformer_is_read_while_the_prompts_are(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only where a prompt is new."""
+    """And what is read is told in bytes."""
     engine = Engine(locate(str(folder), load_catalog(), Path()), tmp_path)
-    kind = families.family("qwen-image").Forward
-    begun: list[bool] = []
+    encode, read = text.TextEncoder.encode, Reader.__call__
+    encoded, told = threading.Event(), threading.Event()
 
-    def forward(*given: Any) -> Any:
+    def encoding(*given: Any) -> Any:
         assert engine._parts
-        begun.append(engine._parts._text_encoder is not None)
-        return kind(*given)
+        assert not engine._parts.transformer.loading.done()
+        encoded.set()
+        return encode(*given)
 
-    monkeypatch.setattr(families.family("qwen-image"), "Forward", forward)
-    draw(engine, [plan()], [])
+    def reading(reader: Reader, pairs: Any) -> None:
+        """Of the transformer's blocks not before the prompts, and what is left was told."""
+        pairs = list(pairs)
+        if "transformer_blocks" in pairs[0][0].name:
+            assert encoded.wait(60)
+            assert told.wait(60)
+        read(reader, pairs)
+
+    def emit(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, Loading):
+            told.set()
+
+    monkeypatch.setattr(text.TextEncoder, "encode", encoding)
+    monkeypatch.setattr(Reader, "__call__", reading)
+    events: list[Event] = []
+    engine.run(REQUEST, [plan()], emit, lambda: False)
+    sizes = [(e.done_bytes, e.total_bytes) for e in events if isinstance(e, Loading)]
+    assert sizes
+    assert sizes == sorted(sizes)
+    assert 0 < sizes[0][0] < sizes[0][1]
     engine.release()
-    draw(engine, [plan()], [])
+
+
+def test_what_could_not_be_loaded_is_loaded_anew(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(locate(str(folder), load_catalog(), Path()))
+    read = Reader.__call__
+
+    def reading(reader: Reader, pairs: Any) -> None:
+        pairs = list(pairs)
+        if "transformer_blocks" in pairs[0][0].name:
+            raise ModelMissing("The disk is away.")
+        read(reader, pairs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Reader, "__call__", reading)
+        with pytest.raises(ModelMissing, match="disk is away"):
+            draw(engine, [plan()], [])
+    assert engine._parts is None, "half a model is not kept"
+    assert draw(engine, [plan()], []).images
     engine.release()
-    assert begun == [True, False]
 
 
 def test_cancelling_at_any_time_leaves_the_memory_as_it_was(folder: Path) -> None:
@@ -178,6 +219,101 @@ def test_cancelling_at_any_time_leaves_the_memory_as_it_was(folder: Path) -> Non
         after += max(1, after // 2)
         tried += 1
     assert tried > 7
+
+
+IN_RAM = Placement(blocks=6, resident=2, slots=2, source="pageable")
+
+
+@pytest.mark.parametrize(
+    ("family", "placement"), [("qwen-image", FROM_DISK), ("qwen-image-2.1", IN_RAM)]
+)
+def test_a_run_can_be_cancelled_at_every_stage(
+    family: str, placement: Placement, tmp_path: Path
+) -> None:
+    """After whatever it said last; and the memory is as it was."""
+    save = tiny.save if family == "qwen-image" else tiny.save_21
+    engine = Engine(locate(str(save(tmp_path, layers=6)), load_catalog(), Path()))
+    layers = Placement(blocks=engine.installed.text_layers.count, resident=1, slots=1)
+    way = plan(placement).model_copy(
+        update={
+            "working_size": Size(64, 64),
+            "text_placement": layers.model_copy(update={"source": placement.source}),
+        }
+    )
+
+    def stages(last: int) -> list[str]:
+        """Cancelled once it has said `last` things, beside how much is read."""
+        said: list[str] = []
+
+        def emit(event: Event) -> None:
+            if isinstance(event, PhaseStarted | Stepped):
+                said.append(event.phase if isinstance(event, PhaseStarted) else str(event.step))
+
+        engine.run(REQUEST, [way], emit, lambda: len(said) >= last)
+        return said
+
+    whole = stages(10**9)  # after it, what libraries keep for good is there
+    assert whole == ["load", "encode", "load", "denoise", "1", "2", "3", "decode"]
+    engine.release()
+    before = live()
+    for last in range(len(whole) + 1):
+        with pytest.raises(Cancelled):
+            stages(last)
+        engine.release()
+        assert live() == before, f"after {whole[:last]}"
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "modulation"])
+def test_what_is_walked_once_ends_within_a_block(
+    folder: Path, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walked: list[int] = []
+    plain = placed.Blocks.walk
+
+    def walk(*given: Any, **how: Any) -> Any:
+        for number, module in plain(*given, **how):
+            walked.append(number)
+            yield number, module
+
+    monkeypatch.setattr(placed.Blocks, "walk", walk)
+    reader, float32 = Reader(lambda: bool(walked)), (torch.device("cpu"), torch.float32)
+    model = families.family("qwen-image")
+
+    @torch.inference_mode()
+    def read_prompt() -> None:
+        where, resident = folder / part, Placement(blocks=2, resident=2)
+        kind, normed = model.TEXT_MODEL, model.TEXT_NORMED
+        encoder = text.TextEncoder(kind, normed, where, resident, *float32, reader)
+        encoder.encode([[1, 2, 3]], reader)
+
+    @torch.inference_mode()
+    def make_table() -> None:
+        where, resident = folder / "transformer", Placement(blocks=6, resident=6)
+        transformer = model.Transformer(where, resident, *float32, reader)
+        model.Forward(transformer, torch.tensor([900.0]), (2, 2), reader)
+
+    with pytest.raises(Cancelled):
+        (read_prompt if part == "text_encoder" else make_table)()
+    assert walked == [0]
+
+
+@pytest.mark.parametrize("refuses", [0, 3])
+def test_pages_that_the_system_does_not_lock_are_said(
+    folder: Path, refuses: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the picture is drawn from them, all the same way."""
+    engine = Engine(locate(str(folder), load_catalog(), Path()))
+    expected = draw(engine, [plan()], [])
+    runtime = Cudart(refuses)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    events: list[Event] = []
+    run = draw(engine, [plan(Placement(blocks=6, resident=2, slots=2, source="pinned"))], events)
+    [notice] = [event.text for event in events if isinstance(event, Notice)]
+    assert notice.startswith(f"The system does not page-lock {4 - refuses} of the blocks, so")
+    assert all(map(np.array_equal, pixels(run), pixels(expected)))
+    assert len(runtime.locked) == refuses
+    engine.release()
+    assert not runtime.locked
 
 
 def test_the_picture_is_decoded_in_the_memory_of_the_slots(
@@ -348,37 +484,46 @@ def test_the_next_plan_follows_when_the_memory_runs_out(
     engine.release()
 
 
-OUT_OF_MEMORY = [
-    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes."), "memory"),
-    (RuntimeError("could not create a primitive"), "memory"),
-    (OSError(12, "Cannot allocate memory"), "memory"),
-    (OSError(22, "[WinError 1455] The paging file is too small"), "memory"),
-    (MemoryError(), "memory"),
-    (RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"), "gpu memory"),
-    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), "gpu memory"),
-    (torch.OutOfMemoryError("CUDA out of memory."), "gpu memory"),
-]
+NO_MEMORY: dict[str, Callable[[], object]] = {
+    "torch": lambda: torch.empty(1 << 50, dtype=torch.uint8),
+    "the system": lambda: mmap.mmap(-1, 1 << 50),
+    "cuBLAS": lambda: fail("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"),
+    "CUDA": lambda: fail("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`"),
+    "Apple": lambda: fail("MPS backend out of memory (MPS allocated: 20 GB, max allowed: 21 GB)."),
+    "Intel": lambda: fail("level_zero backend failed (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)"),
+}
 
 
-@pytest.mark.parametrize(("error", "kind"), OUT_OF_MEMORY, ids=lambda value: str(value)[:40])
-def test_memory_that_ran_out_is_named_so_whoever_says_it(
-    folder: Path, error: Exception, kind: str, monkeypatch: pytest.MonkeyPatch
+def fail(text: str) -> None:
+    raise RuntimeError(text)
+
+
+@pytest.mark.parametrize("who", NO_MEMORY)
+@pytest.mark.parametrize("when", ["load", "denoise"])
+def test_memory_that_runs_out_is_known_in_any_words(
+    folder: Path, who: str, when: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While a model is loaded, where it is no missing file, and while it draws."""
-
-    def refuse(*_: Any) -> Any:
-        raise error
-
+    """torch's own class is raised by some of its allocators alone."""
     engine = Engine(locate(str(folder), load_catalog(), Path()))
-    with monkeypatch.context() as loading:
-        loading.setattr("qwen_image_tool.engine.placed.HostMemory", refuse)
-        with pytest.raises(OutOfMemory, match="memory ran out") as raised:
-            draw(engine, [plan()], [])
-        assert raised.value.trouble == kind
-    monkeypatch.setattr("qwen_image_tool.engine.engine.denoise", refuse)
-    with pytest.raises(OutOfMemory, match="memory ran out") as raised:
-        draw(engine, [plan(attention="native")], [])
-    assert raised.value.trouble == kind
+    place, name = {
+        "load": (placed.Blocks, "_device_memory"),
+        "denoise": (families.family("qwen-image").Forward, "__call__"),
+    }[when]
+    plain: Any = getattr(place, name)
+    tried: list[int] = []
+
+    def once(*given: Any) -> Any:
+        tried.append(1)
+        if len(tried) == 1:
+            NO_MEMORY[who]()
+        return plain(*given)
+
+    monkeypatch.setattr(place, name, once)
+    events: list[Event] = []
+    run = draw(engine, [plan(attention="_native_math"), plan()], events)
+    assert run.plan == plan()
+    [notice] = [event.text for event in events if isinstance(event, Notice)]
+    assert notice.startswith("The memory ran out.")
     engine.release()
 
 
@@ -394,6 +539,29 @@ def test_the_last_plan_s_failure_is_the_error(
     with pytest.raises(OutOfMemory, match="memory ran out"):
         draw(engine, [plan(), plan(compiled=True)], [])
     engine.release()
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu", "mps"])
+def test_every_gpu_is_capped_and_gives_its_memory_back(
+    kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU that isn't here: what torch's module of its name is told."""
+    told: list[Any] = []
+    gpu = SimpleNamespace(
+        get_device_properties=lambda _: SimpleNamespace(total_memory=16 << 30),
+        recommended_max_memory=lambda: 16 << 30,
+        set_per_process_memory_fraction=told.append,
+        empty_cache=lambda: told.append("emptied"),
+    )
+    monkeypatch.setattr(torch, "get_device_module", lambda *_: gpu)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    for limit in (4 << 30, 0, 20 << 30):
+        limit_memory(torch.device(kind), limit)
+    assert told == [0.25, 1.0, 1.0]
+    Engine(locate(str(folder), load_catalog(), Path())).release()
+    assert told.pop() == "emptied"
+    limit_memory(torch.device("cpu"), 1 << 30)
+    assert len(told) == 3
 
 
 def pixels(run: Run) -> list[Any]:
@@ -420,6 +588,30 @@ def test_what_is_no_picture_is_answered_by_the_next_plan(
     assert all(map(np.array_equal, pixels(run), pixels(expected)))
     with pytest.raises(BrokenPicture, match="--mode exact"):
         draw(engine, plans[2:], [])
+    engine.release()
+
+
+def test_a_picture_of_one_colour_is_answered_by_the_next_plan(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In exact mode it is what diffusers gives, and stays."""
+    engine = Engine(locate(str(folder), load_catalog(), Path()))
+    plain = vae.decode
+    tried: list[int] = []
+
+    def decode(*given: Any) -> Image.Image:
+        tried.append(1)
+        return plain(*given) if len(tried) > 2 else Image.new("RGB", (64, 48))
+
+    monkeypatch.setattr(vae, "decode", decode)
+    events: list[Event] = []
+    run = draw(engine, [plan(), plan(strips=2)], events)
+    assert run.plan.strips == 2
+    [notice] = [event.text for event in events if isinstance(event, Notice)]
+    assert notice.startswith("The picture came out in one single colour. Trying again:")
+    tried.clear()
+    exact = plan(mode="exact", single_frame=False)
+    assert [len(image.getcolors() or ()) for image in draw(engine, [exact], []).images] == [1, 1]
     engine.release()
 
 

@@ -1,9 +1,11 @@
 """The ring's order with a transfer that records, and the real moves on tiny models."""
 
 import itertools
+import re
 import shutil
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from diffusers import QwenImageTransformer2DModel
 from torch import nn
 
 import tiny
-from qwen_image_tool.engine import weights
+from qwen_image_tool.engine import families, text, weights
 from qwen_image_tool.engine.cache import TensorCache
 from qwen_image_tool.engine.families.qwen_image import Forward, Transformer
 from qwen_image_tool.engine.host import HostMemory
@@ -193,6 +195,81 @@ def test_every_placement_has_the_bits_of_the_plain_forward(
                 )[0]
                 assert torch.equal(ours[picture][half], theirs)
     placed.close()
+
+
+@pytest.mark.parametrize("pictures", [1, 3])
+@pytest.mark.parametrize("name", ["qwen-image", "qwen-image-2.1"])
+@pytest.mark.usefixtures("_no_grad")
+def test_pictures_and_halves_share_each_pass_over_the_weights(
+    name: str, pictures: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the last blocks of a step are computed while the first of the next are on their way."""
+    save = tiny.save if name == "qwen-image" else tiny.save_21
+    family, where = families.family(name), save(tmp_path, layers=6) / "transformer"
+    device, dtype = torch.device("cpu"), torch.bfloat16
+    model = family.Transformer(where, PLACEMENTS[1], device, dtype, Reader())
+    forward = family.Forward(model, torch.tensor([900.0, 500.0, 20.0]), (4, 6), Reader())
+    conditions = [forward.condition(torch.randn(1, n, 32).to(dtype)) for n in (5, 9)]
+    latents = torch.randn(pictures, 24, 64).to(dtype)
+    plain, fills = Background.start, []
+
+    def start(self: Background, block: int, slot: int) -> None:
+        fills.append(block)
+        plain(self, block, slot)
+
+    monkeypatch.setattr(Background, "start", start)
+    for step, expected in enumerate((8, 14, 18)):
+        forward(latents, step, conditions)
+        assert fills == [0, 1, 2, 3, 4, 5] * (expected // 6) + [0, 1][: expected % 6]
+    model.close()
+
+
+@pytest.mark.parametrize("name", ["qwen-image", "qwen-image-2.1"])
+@pytest.mark.usefixtures("_no_grad")
+def test_prompts_share_one_pass_over_layers_alone(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No head and no vision tower is read, and of the table of words what the prompts say."""
+    save = tiny.save if name == "qwen-image" else tiny.save_21
+    family, where = families.family(name), save(tmp_path) / "text_encoder"
+    known = {each.name: each for each in Checkpoint(where).tensors.values()}
+    read = weights.read
+    names: list[str] = []
+
+    def noting(pairs: Any, *rest: Any, **more: Any) -> None:
+        pairs = list(pairs)
+        names.extend(stored.name for stored, _ in pairs)
+        read(pairs, *rest, **more)
+
+    monkeypatch.setattr(weights, "read", noting)
+    count = len({number for each in known for number in re.findall(r"layers\.(\d+)\.", each)})
+    placement = Placement(blocks=count, resident=0, slots=1, source="disk")
+    kind, normed, device = family.TEXT_MODEL, family.TEXT_NORMED, torch.device("cpu")
+    encoder = text.TextEncoder(kind, normed, where, placement, device, torch.bfloat16, Reader())
+    encoder.encode([[1, 2, 3], [4, 5]], Reader())
+    encoder.close()
+    counted = Counter(names)
+    words = [each for each in counted if "embed_tokens" in each]
+    assert [counted.pop(each) for each in words] == [5]
+    assert {each for each in counted if ".layers." not in each} <= {words[0][:-19] + "norm.weight"}
+    assert counted.keys() >= {each for each in known if re.search(r"(model|guage)\S*layers", each)}
+    assert set(counted.values()) == {1}
+    assert any("visual" in each or "lm_head" in each for each in known)
+
+
+@pytest.mark.usefixtures("_no_grad")
+def test_a_prompt_that_is_left_early_gives_the_slots_back(tmp_path: Path) -> None:
+    """The next prompt may be a known one, and nobody walks here then."""
+    family, where = families.family("qwen-image"), tiny.save(tmp_path) / "text_encoder"
+    placement = Placement(blocks=2, resident=0, slots=1, source="disk")
+    kind, device = family.TEXT_MODEL, torch.device("cpu")
+    encoder = text.TextEncoder(kind, True, where, placement, device, torch.bfloat16, Reader())
+    with pytest.raises(Cancelled):
+        encoder.encode([[1, 2, 3]], Reader(lambda: True))
+    assert all(each.is_meta for slot in encoder._layers.modules for each in slot.parameters())
+    [states] = encoder.encode([[1, 2, 3]], Reader())
+    assert states.isfinite().all()
+    encoder.close()
 
 
 @pytest.mark.usefixtures("_no_grad")

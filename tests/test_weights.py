@@ -54,6 +54,21 @@ def test_other_dtypes_are_converted(folder: Path) -> None:
     assert torch.equal(target, TENSORS["a.weight"].float())
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.bool], ids=str)
+def test_numbers_of_another_kind_are_named(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Whole numbers are somebody's quantisation: as weights they would draw noise."""
+    save_file({"x": torch.ones(3, 4).to(dtype)}, tmp_path / "x.safetensors")
+    with pytest.raises(ModelMissing, match=rf"x\.safetensors: x is stored as {dtype}"):
+        Checkpoint(tmp_path).check("x", torch.empty(3, 4))
+
+
+def test_a_dtype_that_nobody_knows_is_named(folder: Path) -> None:
+    shard = folder / "m-1.safetensors"
+    shard.write_bytes(shard.read_bytes().replace(b'"BF16"', b'"F4_X"'))
+    with pytest.raises(ModelMissing, match=r"m-1\.safetensors is damaged: .*F4_X"):
+        Checkpoint(folder)
+
+
 def test_a_large_tensor_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "PIECE", 1000)
     tensor = torch.randn(1234, 3)

@@ -126,7 +126,8 @@ _SAID: tuple[tuple[str, TroubleKind], ...] = (
     (r"os error 1455|WinError 1455|paging file is too small", "memory"),
     (r"CUDA out of memory|HIP out of memory|torch\.OutOfMemoryError", "gpu memory"),
     (r"CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED", "gpu memory"),
-    (r"cudaErrorMemoryAllocation|MPS backend out of memory", "gpu memory"),
+    (r"cudaErrorMemoryAllocation|(CUDA|HIP) error: out of memory", "gpu memory"),
+    (r"MPS backend out of memory|ERROR_OUT_OF_DEVICE_MEMORY", "gpu memory"),  # Apple's; Intel's
     (r"could not create a primitive$|can't start new thread", "memory"),  # oneDNN's; Python's
     (r"MemoryError|DefaultCPUAllocator|[Cc]annot allocate memory|std::bad_alloc", "memory"),
     (r"NVIDIA driver on your system is too old|driver version is insufficient", "old driver"),

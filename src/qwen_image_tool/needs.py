@@ -259,7 +259,9 @@ class Needs:
             return 0.0
         rates = self.device.rates
         no_bus = way.device == "cpu" or self.device.shared_memory
-        from_disk = [rates.disk] if no_bus else [rates.disk, rates.bus]
+        # What is read goes through the buffers of what waits in RAM: it comes no faster
+        through = rates.bus and (rates.pageable or rates.bus)
+        from_disk = [rates.disk] if no_bus else [rates.disk, through]
         limits = {"pinned": [rates.bus], "pageable": [rates.pageable], "disk": from_disk}[source]
         return size / min(limits) if all(limits) else None
 

@@ -12,6 +12,7 @@ from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import diffusers.utils.logging as diffusers_logging
@@ -54,6 +55,7 @@ from qwen_image_tool.types import (
 )
 
 PREVIEW_SECONDS = 0.4  # at least, between two previews
+UNLOCKED = "of the blocks, so they cross to the GPU more slowly, by way of a buffer."
 Emit = Callable[[Event], None]
 IsCancelled = Callable[[], bool]
 # Bytes on disk. A prompt of the 20B family takes about 0.3 MB, a schedule 4.4 MB a step
@@ -111,8 +113,8 @@ class Engine:
             _forget_tables()
         self._parts = None
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        if torch.accelerator.is_available():
+            torch.get_device_module().empty_cache()
 
     def _run(self, request: Request, plan: Plan, emit: Emit, is_cancelled: IsCancelled) -> "Run":
         """Source of the arithmetic: QwenImagePipeline.__call__, QwenImage21Pipeline.__call__."""
@@ -145,6 +147,8 @@ class Engine:
                 if parts.device.type != "cpu" and not parts.transformer.loading.done():
                     forward.rehearse(latents, conditions)
                 watch.wait(parts.transformer.loading, reader)
+                if refused := parts.transformer.unlocked:
+                    emit(Notice(text=f"The system does not page-lock {refused} {UNLOCKED}"))
 
             # 4. From noise to latents
             with watch.phase("denoise"):
@@ -230,7 +234,7 @@ class _Parts:
         # Their progress bars would stand beside ours
         transformers_logging.disable_progress_bar()
         diffusers_logging.disable_progress_bar()
-        _limit_memory(self.device, plan.vram_limit_bytes)
+        limit_memory(self.device, plan.vram_limit_bytes)
         try:
             self.tokenizer = text.Tokenizer(folder / family.TOKENIZER, family.wrap, family.SYSTEM)
             self.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
@@ -441,11 +445,17 @@ def _forget_tables() -> None:
             each.cache_clear()
 
 
-def _limit_memory(device: torch.device, limit: int) -> None:
-    """Make torch fail above `limit` bytes of the GPU; 0 lifts the limit."""
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, (limit or total) / total))
+def limit_memory(device: torch.device, limit: int) -> None:
+    """Make torch fail above `limit` bytes of the GPU; 0 lifts the limit. Not verified on GPUs of
+    Apple and Intel."""
+    if device.type == "cpu":
+        return
+    gpu: Any = torch.get_device_module(device)
+    if device.type == "mps":
+        total = gpu.recommended_max_memory()
+    else:
+        total = gpu.get_device_properties(device).total_memory
+    gpu.set_per_process_memory_fraction(min(1.0, (limit or total) / total))
 
 
 @contextmanager

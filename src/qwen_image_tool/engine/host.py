@@ -24,7 +24,7 @@ class HostMemory:
         code = torch.cuda.cudart().cudaHostRegister(self.tensor.data_ptr(), self.tensor.nbytes, 0)
         self.locked = int(code) == 0
         if not self.locked:
-            log.warning("The system does not lock %d bytes: CUDA error %d", len(self.tensor), code)
+            log.info("The system does not lock %d bytes: CUDA error %d", len(self.tensor), code)
             # CUDA keeps the error for the next kernel of this thread: this one takes it
             with contextlib.suppress(RuntimeError):
                 torch.ones(1, device="cuda")

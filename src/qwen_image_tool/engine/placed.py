@@ -70,6 +70,12 @@ class Blocks:
         """Those that walks give: the residents, and the slots."""
         return [*(self._modules[number] for number in self._residents), *self._slots]
 
+    @property
+    def unlocked(self) -> int:
+        """How many blocks the system did not page-lock that are to be; once all is read."""
+        wanted = self._host.values() if self._placement.source == "pinned" else ()
+        return sum(not memory.locked for memory in wanted)
+
     def walk(self, last: bool = False) -> Iterator[tuple[int, nn.Module]]:
         """Every block in order, ready to run on the device; waits until what stays is read. No
         other walk follows the `last` one soon: it fills no slot for the next."""

@@ -49,6 +49,11 @@ class Transformer:
         return self._blocks.loading
 
     @property
+    def unlocked(self) -> int:
+        """How many blocks the system did not page-lock that are to be; once all is read."""
+        return self._blocks.unlocked
+
+    @property
     def blocks(self) -> list[nn.Module]:
         """The modules that walks give."""
         return self._blocks.modules

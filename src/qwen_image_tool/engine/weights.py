@@ -103,8 +103,15 @@ class Checkpoint:
             raise ModelMissing(f"{self.folder} has no tensor {name}.", AGAIN) from None
 
     def check(self, name: str, parameter: torch.Tensor) -> Stored:
-        """The tensor that fills `parameter`. Raises ModelMissing where their shapes differ."""
+        """The tensor that fills `parameter`. Raises ModelMissing where their shapes differ, or
+        where it holds whole numbers, which are weights by a rule of their own alone."""
         stored = self[name]
+        if not stored.dtype.is_floating_point:
+            raise ModelMissing(
+                f"{stored.file}: {name} is stored as {stored.dtype}, and the model needs floating"
+                " point.",
+                "Use weights that are not quantised.",
+            )
         if stored.shape != tuple(parameter.shape):
             raise ModelMissing(
                 f"{stored.file}: {name} has the shape {list(stored.shape)}, and the model needs"
