@@ -306,6 +306,8 @@ def test_pages_that_the_system_does_not_lock_are_said(
     expected = draw(engine, [plan()], [])
     runtime = Cudart(refuses)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    plain = torch.ones  # CUDA's, which takes the error that a refused call leaves
+    monkeypatch.setattr(torch, "ones", lambda *size, **_: plain(*size))
     events: list[Event] = []
     run = draw(engine, [plan(Placement(blocks=6, resident=2, slots=2, source="pinned"))], events)
     [notice] = [event.text for event in events if isinstance(event, Notice)]
