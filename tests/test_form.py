@@ -102,7 +102,7 @@ def test_seeds_are_text_so_that_no_digit_is_lost() -> None:
 
 
 def test_a_number_out_of_range_is_named() -> None:
-    with pytest.raises(BadRequest, match="images is 101"):
+    with pytest.raises(BadRequest, match="The number of pictures is 101"):
         request_of(form(images=101), model())
 
 

@@ -405,16 +405,24 @@ class Result(Value):
     versions: dict[str, str]
 
 
+NUMBERS = {
+    "steps": "The number of steps",
+    "cfg": "The CFG scale",
+    "images": "The number of pictures",
+    "seed": "The seed",
+}
+
+
 def _bad_request(error: ValidationError) -> BadRequest:
     first = error.errors()[0]
     field = ".".join(str(part) for part in first["loc"]) or "request"
-    limits = first.get("ctx", {})
+    limits, number = first.get("ctx", {}), NUMBERS.get(field, field)
     if "ge" in limits:
-        return BadRequest(f"{field} is {first['input']}.", f"Use {limits['ge']:g} or more.")
+        return BadRequest(f"{number} is {first['input']}.", f"Use {limits['ge']:g} or more.")
     if "le" in limits:
         most = limits["le"]
         most = most if isinstance(most, int) else f"{most:g}"  # seeds keep all their digits
-        return BadRequest(f"{field} is {first['input']}.", f"Use {most} or less.")
+        return BadRequest(f"{number} is {first['input']}.", f"Use {most} or less.")
     if first["type"] == "extra_forbidden":
         return BadRequest(f"{field} is not a field of a {error.title.lower()}.", "Leave it out.")
     if first["type"] == "literal_error":

@@ -73,9 +73,9 @@ def test_a_number_beyond_its_limits_is_said_and_the_page_goes_on(site: Site) -> 
     with site.visit() as visit:
         visit.advanced()
         for label, wrong, right, said in (
-            ("Steps", "0", "5", "steps is 0. Use 1 or more."),
-            ("True CFG scale", "99", "3", "cfg is 99. Use 50 or less."),
-            ("Pictures", "101", "1", "images is 101. Use 100 or less."),
+            ("Steps", "0", "5", "The number of steps is 0. Use 1 or more."),
+            ("True CFG scale", "99", "3", "The CFG scale is 99. Use 50 or less."),
+            ("Pictures", "101", "1", "The number of pictures is 101. Use 100 or less."),
         ):
             visit.write(label, wrong)
             for part in re.split(r"(?<=\.) ", said):
