@@ -422,10 +422,10 @@ def test_what_cannot_run_is_said_with_its_figures_and_what_can() -> None:
     with pytest.raises(CannotRun) as caught:
         plan(device("cpu", 3.8), size=Size(2048, 2048))
     assert "Qwen-Image at 2048x2048 needs" in caught.value.message
-    assert "this computer has 3.8 GiB free" in caught.value.message
+    assert "; 3.8 GiB of RAM are free." in caught.value.message
     nearest = caught.value.hint.partition("--size ")[2].partition(",")[0]
     assert plan(device("cpu", 3.8), size=Size.parse(nearest)).device == "cpu"
-    with pytest.raises(CannotRun, match="of GPU memory free"):
+    with pytest.raises(CannotRun, match="of GPU memory are free"):
         plan(device("cuda", 1, 1))
 
 

@@ -469,8 +469,8 @@ def _cannot(needs: Needs) -> CannotRun:
     hints = [f"choose --size {nearest}" if nearest else ""]
     hints += [f"use --model {DEFAULT_MODEL}" if model.id != DEFAULT_MODEL else ""]
     lacks = (
-        f"{model.name} at {needs.working} needs {_gib(int(ram))} of free RAM, and this computer has"
-        f" {_gib(device.ram_free_bytes)}{gpu} free."
+        f"{model.name} at {needs.working} needs {_gib(int(ram))} of free RAM;"
+        f" {_gib(device.ram_free_bytes)} of RAM{gpu} are free."
     )
     hint = f"{', '.join(['Close other programs', *filter(None, hints)])}, or try it with --anyway."
     trouble = trouble_in(
