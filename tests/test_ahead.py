@@ -2,22 +2,24 @@
 
 import sys
 import threading
-import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
 from safetensors.torch import save_file
 
-import qwen_image_tool.engine.probe as probe
+import qwen_image_tool.engine.weights as weights
+import qwen_image_tool.files as files
 import qwen_image_tool.store.ahead as ahead
 from qwen_image_tool import device
 from qwen_image_tool.app import App
-from qwen_image_tool.device import TorchFacts
+from qwen_image_tool.engine.probe import torch_facts
+from qwen_image_tool.files import DiskMeter
 from qwen_image_tool.settings import Settings
 from qwen_image_tool.store.ahead import PIECE, Wanted, pieces, read_ahead
-from qwen_image_tool.types import Plan, Planned, Request, Size
+from qwen_image_tool.types import Request, Size
 
 
 @pytest.fixture
@@ -69,32 +71,20 @@ def test_what_is_in_the_cache_is_not_read_again(model: list[Wanted]) -> None:
     piece = next(pieces(model, 1 << 40))
     buffer = memoryview(bytearray(PIECE))
     piece[0].read_bytes()
-    assert not ahead._read(piece, buffer)
+    ahead._read(piece, buffer, DiskMeter())
     assert not any(buffer[:100])
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_the_rate_of_the_disk_is_that_of_what_came_from_it(
+def test_the_disk_is_measured_by_what_came_from_it(
     model: list[Wanted], monkeypatch: pytest.MonkeyPatch, cached: bool
 ) -> None:
     monkeypatch.setattr(ahead, "is_cached", lambda _file, _start: cached)
-    last = threading.Event()
-    plain = ahead._read
-
-    def slow(piece: ahead.Piece, buffer: memoryview) -> int:
-        time.sleep(0.01)
-        size = plain(piece, buffer)
-        if piece[2] == 20:
-            last.set()
-        return size
-
-    monkeypatch.setattr(ahead, "_read", slow)
-    with read_ahead(model) as reading:
-        assert last.wait(60)
-    assert reading.disk_rate == 0  # too few bytes to say
-    monkeypatch.setattr(ahead, "ENOUGH", 1)
-    fastest = sum(size for _, _, size in pieces(model, 1 << 40)) / 0.01
-    assert reading.disk_rate == 0 if cached else 0 < reading.disk_rate < fastest
+    monkeypatch.setattr(files, "ENOUGH", 1)
+    disk, buffer = DiskMeter(), memoryview(bytearray(PIECE))
+    for piece in pieces(model, 1 << 40):
+        ahead._read(piece, buffer, disk)
+    assert (disk.rate == 0) == cached
 
 
 def test_a_piece_of_which_the_system_has_read_the_start_is_read(
@@ -104,7 +94,7 @@ def test_a_piece_of_which_the_system_has_read_the_start_is_read(
     path, start, size = next(pieces(model, 1 << 40))
     monkeypatch.setattr(ahead, "is_cached", lambda _, at: at < start + 4096)
     buffer = memoryview(bytearray(PIECE))
-    ahead._read((path, start, size), buffer)
+    ahead._read((path, start, size), buffer, DiskMeter())
     assert bytes(buffer[:size]) == path.read_bytes()[start : start + size]
 
 
@@ -113,16 +103,15 @@ def test_everything_is_read_and_nothing_goes_on(
 ) -> None:
     plain, read, done = ahead._read, [], threading.Event()
 
-    def record(piece: ahead.Piece, buffer: memoryview) -> int:
-        size = plain(piece, buffer)
+    def record(piece: ahead.Piece, *rest: Any) -> None:
+        plain(piece, *rest)
         read.append(piece)
         if len(read) == 5:
             done.set()
-        return size
 
     monkeypatch.setattr(ahead, "_read", record)
     before = threading.active_count()
-    with read_ahead(model):
+    with read_ahead(model, DiskMeter()):
         assert done.wait(60)
     assert sorted(read) == sorted(pieces(model, 1 << 40))
     assert threading.active_count() == before
@@ -131,14 +120,13 @@ def test_everything_is_read_and_nothing_goes_on(
 def test_it_ends_with_the_block(model: list[Wanted], monkeypatch: pytest.MonkeyPatch) -> None:
     began, may_go_on, read = threading.Event(), threading.Event(), []
 
-    def slow(piece: ahead.Piece, _: memoryview) -> int:
+    def slow(piece: ahead.Piece, *_: Any) -> None:
         read.append(piece)
         began.set()
         assert may_go_on.wait(60)
-        return 0
 
     monkeypatch.setattr(ahead, "_read", slow)
-    with read_ahead(model):
+    with read_ahead(model, DiskMeter()):
         assert began.wait(60)
         threading.Timer(0.2, may_go_on.set).start()
     assert len(read) <= ahead.READERS < 5
@@ -150,38 +138,24 @@ def test_what_is_not_there_or_cannot_be_read_is_no_error(
     folder = model[0].folder
     (folder / "a-2.safetensors").unlink()
     (folder / "a-3.safetensors").write_bytes(b"no weights")
-    ahead._read((folder / "a-2.safetensors", 0, 1), memoryview(bytearray(10)))
-    with read_ahead([*model, Wanted(folder / "nowhere")]):
+    ahead._read((folder / "a-2.safetensors", 0, 1), memoryview(bytearray(10)), DiskMeter())
+    with read_ahead([*model, Wanted(folder / "nowhere")], DiskMeter()):
         pass
     assert len(list(pieces(model, 1 << 40))) == 4
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("M", (), {"available": 0}))
-    with read_ahead(model):
+    with read_ahead(model, DiskMeter()):
         pass
 
 
 def test_later_plans_know_what_the_disk_gave(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The practice model is small, and is read at once: torch waits until it is."""
     monkeypatch.setattr(ahead, "is_cached", lambda _file, _start: False)
-    monkeypatch.setattr(ahead, "ENOUGH", 1)
-    read, plain, facts = threading.Event(), ahead.Reading.count, probe.torch_facts
-
-    def count(self: ahead.Reading, size: int, began: float) -> None:
-        plain(self, size, began)
-        read.set()
-
-    def asked() -> TorchFacts:
-        assert read.wait(60)
-        return facts()
-
-    monkeypatch.setattr(ahead.Reading, "count", count)
-    monkeypatch.setattr(probe, "torch_facts", asked)
+    monkeypatch.setattr(weights, "is_cached", lambda _file, _start: False)
+    monkeypatch.setattr(files, "ENOUGH", 1)
     app = App(Settings(output=tmp_path / "out", cache=tmp_path / "cache"))
-    plans: list[Plan] = []
     request = Request(model="practice", prompt="x", size=Size(64, 64), steps=2, seed=1)
-    app.generate(request, lambda e: plans.append(e.plan) if isinstance(e, Planned) else None)
-    rates = app.rates.get(device.probe(facts()))
+    app.generate(request, lambda _: None)
+    rates = app.rates.get(device.probe(torch_facts()))
     assert rates
     assert rates.disk > 0
-    assert plans[0].seconds, "the first plan knows it already"

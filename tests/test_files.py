@@ -1,4 +1,4 @@
-"""Small files: replaced whole, or as they were."""
+"""Small files: replaced whole, or as they were; the rate of a disk."""
 
 import os
 import stat
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from qwen_image_tool import files
 from qwen_image_tool.files import replace_file
 
 
@@ -25,3 +26,26 @@ def test_what_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(OSError):  # noqa: PT011 - the system's own, of many kinds
         replace_file(path, b"data")
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_disk_is_measured_while_any_thread_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("qwen_image_tool.files.time.perf_counter", lambda: now)
+    disk = files.DiskMeter()
+    with disk.reading(files.ENOUGH):
+        now = 1.0
+        with disk.reading(files.ENOUGH):
+            now = 3.0
+        assert disk.rate == files.ENOUGH / 3
+    now = 100.0  # nobody reads
+    with disk.reading(files.ENOUGH):
+        now = 101.0
+    assert disk.rate == 3 * files.ENOUGH / 4
+
+
+def test_little_says_nothing_of_a_disk() -> None:
+    disk = files.DiskMeter()
+    assert disk.rate == 0
+    with disk.reading(files.ENOUGH - 1):
+        pass
+    assert disk.rate == 0

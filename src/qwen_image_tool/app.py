@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from qwen_image_tool import __version__, device, doctor, gallery, planner, store
 from qwen_image_tool.catalog import Model, load_catalog
 from qwen_image_tool.errors import BadRequest, CannotRun, ToolError
+from qwen_image_tool.files import DiskMeter
 from qwen_image_tool.gallery.infotext import recalled
 from qwen_image_tool.libraries import LibraryFiles
 from qwen_image_tool.rates import RateBook
@@ -263,6 +264,7 @@ class App:
             emit(Notice(text=created))
 
         # The disk works from here on, while Python imports its libraries, until all is loaded
+        disk = DiskMeter()
         with ExitStack() as reading:
 
             def heard(event: Event) -> None:
@@ -271,19 +273,21 @@ class App:
                 emit(event)
 
             try:
-                here = self._device_for(installed, emit, reading).within(ram_bytes, vram_bytes)
+                found = self._device_for(installed, emit, reading, disk)
+                here = found.within(ram_bytes, vram_bytes)
                 plans = planner.plans(resolved, installed, here, anyway)
             except CannotRun:  # as the memory was when the engine was made; it may be free by now
                 self._forget_engine()
-                here = self._device_for(installed, emit, reading).within(ram_bytes, vram_bytes)
+                found = self._device_for(installed, emit, reading, disk)
+                here = found.within(ram_bytes, vram_bytes)
                 plans = planner.plans(resolved, installed, here, anyway)
             plans = plans[min(skip, len(plans) - 1) :]
             for reason in plans[0].reasons:
                 emit(Notice(text=reason))
             assert self._engine
-            run = self._engine.run(resolved, plans, heard, is_cancelled)
-        if run.compile_seconds:
-            self.rates.learn(here, compile_seconds=run.compile_seconds)
+            run = self._engine.run(resolved, plans, heard, is_cancelled, disk)
+        learnt = {"compile_seconds": run.compile_seconds, "disk": disk.rate}
+        self.rates.learn(here, **{name: value for name, value in learnt.items() if value})
 
         emit(PhaseStarted(phase="save"))
         started = time.perf_counter()
@@ -306,7 +310,11 @@ class App:
         )
 
     def _device_for(
-        self, installed: store.Installed, emit: Callable[[Event], None], reading: ExitStack
+        self,
+        installed: store.Installed,
+        emit: Callable[[Event], None],
+        reading: ExitStack,
+        disk: DiskMeter,
     ) -> Device:
         """The machine as it was before the engine took memory; a new engine for another model, or
         for other files of it, whose weights are read ahead while `reading` is open."""
@@ -314,18 +322,14 @@ class App:
             self._forget_engine()
             libraries = LibraryFiles(self.settings.cache / "libraries.json", library_versions())
             reading.enter_context(libraries.read())
-            ahead = reading.enter_context(read_ahead(_wanted(installed)))
+            reading.enter_context(read_ahead(_wanted(installed), disk))
             from qwen_image_tool.engine.engine import Engine
             from qwen_image_tool.engine.probe import torch_facts
 
             facts = torch_facts()
             libraries.remember()
             self._engine = Engine(installed, self.settings.cache, self._previews)
-            found = self._measured(device.probe(facts), emit, reading)
-            if disk := ahead.disk_rate:
-                self.rates.learn(found, disk=disk)
-                found = found.with_rates(found.rates.model_copy(update={"disk": disk}))
-            self._device = found
+            self._device = self._measured(device.probe(facts), emit, reading)
         return self._device
 
     def _forget_engine(self) -> None:

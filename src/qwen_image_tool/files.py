@@ -1,8 +1,14 @@
-"""Small files that are replaced whole."""
+"""Small files that are replaced whole; what a read tells of the disk."""
 
 import os
 import secrets
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+ENOUGH = 1 << 30  # bytes; the rate of less says little of a disk
 
 
 def replace_file(path: Path, data: bytes, private: bool = False) -> None:
@@ -31,3 +37,36 @@ def is_cached(file: int, start: int) -> bool:
         return os.preadv(file, [bytearray(1)], start, os.RWF_NOWAIT) == 1
     except (AttributeError, OSError):
         return False
+
+
+class DiskMeter:
+    """How fast a disk gives what several threads read from it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._threads = 0
+        self._bytes = 0
+        self._since = self._seconds = 0.0
+
+    @contextmanager
+    def reading(self, size: int) -> Iterator[None]:
+        """A thread reads so many bytes that are not in the system's cache."""
+        with self._lock:
+            if not self._threads:
+                self._since = time.perf_counter()
+            self._threads += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._threads -= 1
+                self._bytes += size
+                if not self._threads:
+                    self._seconds += time.perf_counter() - self._since
+
+    @property
+    def rate(self) -> float:
+        """Bytes a second while any thread read; 0 where they were too few to say."""
+        with self._lock:
+            running = time.perf_counter() - self._since if self._threads else 0
+            return self._bytes / (self._seconds + running) if self._bytes >= ENOUGH else 0

@@ -39,6 +39,7 @@ from qwen_image_tool.errors import (
     TroubleKind,
     trouble_in,
 )
+from qwen_image_tool.files import DiskMeter
 from qwen_image_tool.store import Installed
 from qwen_image_tool.types import (
     Event,
@@ -84,10 +85,16 @@ class Engine:
         return installed == self.installed and _files(installed) == self._files
 
     def run(
-        self, request: Request, plans: Sequence[Plan], emit: Emit, is_cancelled: IsCancelled
+        self,
+        request: Request,
+        plans: Sequence[Plan],
+        emit: Emit,
+        is_cancelled: IsCancelled,
+        disk: DiskMeter | None = None,
     ) -> "Run":
         """Make the pictures of a resolved request by the first of `plans`; where the memory runs
-        out or what comes out is no picture, by the next one, which is said.
+        out or what comes out is no picture, by the next one, which is said. `disk`: see
+        weights.read.
 
         Raises PromptTooLong, ModelMissing, OutOfMemory, BrokenPicture; or Cancelled within a step
         of `is_cancelled()` turning true.
@@ -96,7 +103,7 @@ class Engine:
         for plan, following in itertools.zip_longest(plans, plans[1:]):
             emit(Planned(plan=plan))
             try:
-                return self._run(request, plan, emit, is_cancelled)
+                return self._run(request, plan, emit, weights.Reader(is_cancelled, disk))
             except (OutOfMemory, BrokenPicture) as error:
                 if following is None:
                     raise
@@ -116,12 +123,11 @@ class Engine:
         if torch.accelerator.is_available():
             torch.get_device_module().empty_cache()
 
-    def _run(self, request: Request, plan: Plan, emit: Emit, is_cancelled: IsCancelled) -> "Run":
+    def _run(self, request: Request, plan: Plan, emit: Emit, reader: weights.Reader) -> "Run":
         """Source of the arithmetic: QwenImagePipeline.__call__, QwenImage21Pipeline.__call__."""
         if request.size is None or request.steps is None or request.cfg is None:
             raise ValueError("the request is not resolved")
-        watch = _Watch(emit, is_cancelled, request.steps)
-        reader = weights.Reader(is_cancelled)
+        watch = _Watch(emit, reader.is_cancelled, request.steps)
         with torch.inference_mode(), _errors(plan), self._whole():
             # 1. The weights, where they are not in memory yet; the reading goes on behind
             with watch.phase("load"):

@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from qwen_image_tool.errors import Cancelled, ModelMissing
+from qwen_image_tool.files import DiskMeter, is_cached
 from qwen_image_tool.store.formats import model_keys
 from qwen_image_tool.store.links import content, weight_files
 
@@ -178,10 +179,12 @@ def read(
     pairs: Iterable[tuple[Stored, torch.Tensor]],
     done: Callable[[int], None] = lambda _: None,
     is_cancelled: Callable[[], bool] = lambda: False,
+    disk: DiskMeter | None = None,
 ) -> None:
     """Fill each host tensor of `pairs` from its file, converted where the dtypes differ.
 
-    `done(bytes)` is called after each piece, from the reading threads. Raises ModelMissing where a
+    `done(bytes)` is called after each piece, from the reading threads. `disk` is told what was not
+    in the system's cache. Raises ModelMissing where a
     file ends too early or can't be read, Cancelled within a piece.
     """
 
@@ -199,7 +202,7 @@ def read(
             tensor.copy_(scratch)
         done(size)
 
-    with _Files() as files:
+    with _Files(disk) as files:
         pool = ThreadPoolExecutor(READERS, thread_name_prefix="weights")
         try:
             tasks = []
@@ -216,10 +219,13 @@ def read(
 
 class Reader:
     """Reads the weights that a run needs, from any thread: counts their bytes, and ends with
-    Cancelled when the run is."""
+    Cancelled when the run is. `disk`: see `read`."""
 
-    def __init__(self, is_cancelled: Callable[[], bool] = lambda: False) -> None:
+    def __init__(
+        self, is_cancelled: Callable[[], bool] = lambda: False, disk: DiskMeter | None = None
+    ) -> None:
         self.is_cancelled = is_cancelled
+        self._disk = disk
         self.expected = 0
         self.done = 0
         self._lock = threading.Lock()
@@ -231,7 +237,7 @@ class Reader:
 
     def __call__(self, pairs: Iterable[tuple[Stored, torch.Tensor]]) -> None:
         """See `read`."""
-        read(pairs, self._count, self.is_cancelled)
+        read(pairs, self._count, self.is_cancelled, self._disk)
 
     def check(self) -> None:
         """Raises Cancelled where the run is."""
@@ -246,7 +252,8 @@ class Reader:
 class _Files:
     """Open files for positional reads; on Windows, which has none, a file for each thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, disk: DiskMeter | None = None) -> None:
+        self._disk = disk
         self._lock = threading.Lock()
         self._open: dict[tuple[Path, int], Any] = {}
 
@@ -258,20 +265,28 @@ class _Files:
             handle.close()
 
     def read_into(self, stored: Stored, start: int, target: memoryview) -> None:
+        offset = stored.offset + start
         try:
-            count = self._read(stored.file, stored.offset + start, target)
+            with self._metered(stored.file, offset, len(target)):
+                count = self._read(stored.file, offset, target)
         except OSError as error:
             raise ModelMissing(f"{stored.file} can't be read: {error}.", AGAIN) from error
         if count < len(target):
             raise ModelMissing(f"{stored.file} ends too early, in {stored.name}.", AGAIN)
 
+    def _metered(self, path: Path, offset: int, size: int) -> AbstractContextManager[None]:
+        last = offset + size - 1
+        if self._disk is None or is_cached(self._handle(path).fileno(), last):
+            return nullcontext()
+        return self._disk.reading(size)
+
     def _read(self, path: Path, offset: int, target: memoryview) -> int:
         total = 0
         while total < len(target):
             if hasattr(os, "preadv"):
-                got = os.preadv(self._handle(path, 0).fileno(), [target[total:]], offset + total)
+                got = os.preadv(self._handle(path).fileno(), [target[total:]], offset + total)
             else:
-                handle = self._handle(path, threading.get_ident())
+                handle = self._handle(path)
                 handle.seek(offset + total)
                 got = handle.readinto(target[total:])
             if not got:
@@ -279,7 +294,8 @@ class _Files:
             total += got
         return total
 
-    def _handle(self, path: Path, thread: int) -> Any:
+    def _handle(self, path: Path) -> Any:
+        thread = 0 if hasattr(os, "preadv") else threading.get_ident()
         with self._lock:
             if (path, thread) not in self._open:
                 self._open[path, thread] = path.open("rb", buffering=0)

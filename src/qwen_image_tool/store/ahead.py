@@ -2,7 +2,6 @@
 Python imports its libraries, and while what was read is computed with."""
 
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -12,14 +11,13 @@ from pathlib import Path
 import psutil
 
 from qwen_image_tool.errors import ToolError
-from qwen_image_tool.files import is_cached
+from qwen_image_tool.files import DiskMeter, is_cached
 from qwen_image_tool.store.headers import read_header
 from qwen_image_tool.store.links import weight_files
 
 PIECE = 32 << 20  # bytes of one read: between two, a thread waits for the one that imports
 READERS = 2  # threads; more do not raise an NVMe disk's rate
 SHARE = 0.5  # of the RAM that is available: what is loaded has to go there as well
-ENOUGH = 1 << 30  # bytes; the rate of less says little of a disk
 Piece = tuple[Path, int, int]  # file, first byte, bytes
 
 
@@ -35,34 +33,11 @@ class Wanted:
         return self.part in name and not (self.without and self.without in name)
 
 
-class Reading:
-    """What has been read ahead by now."""
-
-    def __init__(self) -> None:
-        self._bytes = 0
-        self._first = self._last = 0.0
-        self._lock = threading.Lock()
-
-    @property
-    def disk_rate(self) -> float:
-        """Bytes a second from the disk, without those that were in the system's cache; 0 where they
-        were too few."""
-        seconds = self._last - self._first
-        return self._bytes / seconds if self._bytes >= ENOUGH and seconds > 0 else 0
-
-    def count(self, size: int, began: float) -> None:
-        """So many bytes came from the disk since the moment `began`."""
-        with self._lock:
-            self._first = self._first or began
-            self._bytes += size
-            self._last = time.perf_counter()
-
-
 @contextmanager
-def read_ahead(components: Sequence[Wanted]) -> Iterator[Reading]:
+def read_ahead(components: Sequence[Wanted], disk: DiskMeter) -> Iterator[None]:
     """While the block runs, read these weights in their order, until they fill half of the RAM that
     is available. What can't be read is left to the loader, which says so."""
-    ended, lock, reading = threading.Event(), threading.Lock(), Reading()
+    ended, lock = threading.Event(), threading.Lock()
     waiting = pieces(components, int(psutil.virtual_memory().available * SHARE))
 
     def read() -> None:
@@ -72,15 +47,13 @@ def read_ahead(components: Sequence[Wanted]) -> Iterator[Reading]:
                 piece = next(waiting, None)
             if piece is None:
                 return
-            began = time.perf_counter()
-            if size := _read(piece, buffer):
-                reading.count(size, began)
+            _read(piece, buffer, disk)
 
     pool = ThreadPoolExecutor(READERS, thread_name_prefix="ahead")
     for _ in range(READERS):
         pool.submit(read)
     try:
-        yield reading
+        yield
     finally:
         ended.set()
         pool.shutdown()
@@ -120,15 +93,15 @@ def _spans(file: Path, wanted: Wanted) -> list[tuple[int, int]]:
     return found
 
 
-def _read(piece: Piece, buffer: memoryview) -> int:
-    """How many bytes came from the disk."""
+def _read(piece: Piece, buffer: memoryview, disk: DiskMeter) -> None:
     path, start, size = piece
     try:
         with path.open("rb", buffering=0) as file:
             # Its last byte: the system itself reads on, past the piece before and past the header
             if is_cached(file.fileno(), start + size - 1):
-                return 0
+                return
             file.seek(start)
-            return file.readinto(buffer[:size]) or 0
+            with disk.reading(size):
+                file.readinto(buffer[:size])
     except OSError:
-        return 0
+        return
