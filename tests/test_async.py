@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from async_gpu import AsyncGpu, Cudart, Slot
+from qwen_image_tool.engine import host
 from qwen_image_tool.engine.host import HostMemory
 from qwen_image_tool.engine.ring import (
     PinnedCopies,
@@ -124,6 +125,7 @@ def test_pages_that_the_system_does_not_lock_stay_as_they_are(
 ) -> None:
     runtime = Cudart(refuses=0)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(host, "take_error", lambda: None)
     memory = HostMemory(10)
     with caplog.at_level(logging.INFO):
         memory.lock()

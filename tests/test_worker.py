@@ -1,13 +1,21 @@
 """The real worker: torch in a child process, the practice model, real failures."""
 
+import io
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from qwen_image_tool.app import App
+from qwen_image_tool.errors import OutOfMemory, TroubleKind
+from qwen_image_tool.messages import Failed, Run, report_adapter
+from qwen_image_tool.settings import Settings
 from qwen_image_tool.supervisor import COMMAND
+from qwen_image_tool.types import Request, Result
+from qwen_image_tool.worker import Worker
 from running import Live, server, wait
 
 
@@ -54,3 +62,24 @@ def test_a_worker_without_memory(tmp_path: Path) -> None:
         assert (job["state"], job["again"]) == ("failed", 1)
         assert job["failure"]["kind"] in ("memory", "crashed")
         assert live.http.get("/healthz").status_code == 200
+
+
+@pytest.mark.parametrize(("kind", "foreseen"), [("memory", False), ("gpu memory", True)])
+def test_ram_that_ran_out_may_be_had_in_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: TroubleKind, foreseen: bool
+) -> None:
+    """Where the engine has no other plan; a GPU's memory it has given back before it tries the
+    next."""
+
+    def refuse(*_: Any, **__: Any) -> Result:
+        raise OutOfMemory("The memory ran out.", "Close other programs.", kind)
+
+    app = App(Settings(output=tmp_path, cache=tmp_path))
+    monkeypatch.setattr(app, "generate", refuse)
+    said = io.BytesIO()
+    Worker(app, said).run(
+        Run(job="a", request=Request(model="practice", prompt="x"), output=str(tmp_path))
+    )
+    report = report_adapter.validate_json(said.getvalue())
+    assert isinstance(report, Failed)
+    assert (report.foreseen, report.failure.kind) == (foreseen, kind)

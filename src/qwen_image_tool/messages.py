@@ -45,7 +45,7 @@ class Finished(Value):
 
 class Failed(Value):
     """The run ended without all its pictures; the worker goes on living. `foreseen`: the engine has
-    tried all its plans, or none would help."""
+    tried all its plans, or none would help, in another process neither."""
 
     kind: Literal["failed"] = "failed"
     job: str

@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from qwen_image_tool import logs
 from qwen_image_tool.app import App
-from qwen_image_tool.errors import Cancelled, ToolError, trouble_in
+from qwen_image_tool.errors import Cancelled, OutOfMemory, ToolError, trouble_in
 from qwen_image_tool.lifeline import ORPHANED, die_with_parent, private_stdout
 from qwen_image_tool.messages import (
     Failed,
@@ -76,8 +76,16 @@ class Worker:
             )
         except ToolError as error:
             logs.record_failure(error)
-            stopped = isinstance(error, Cancelled)
-            self._report(Failed(job=run.job, failure=Failure.of(error), stopped=stopped))
+            # RAM may be had again once this process has ended, with all that it holds
+            helpless = isinstance(error, OutOfMemory) and error.trouble == "memory"
+            self._report(
+                Failed(
+                    job=run.job,
+                    failure=Failure.of(error),
+                    foreseen=not helpless,
+                    stopped=isinstance(error, Cancelled),
+                )
+            )
         except Exception as error:  # noqa: BLE001  a library fails in any way; the worker goes on
             self._report(Failed(job=run.job, failure=unforeseen(error), foreseen=False))
         else:

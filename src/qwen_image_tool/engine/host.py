@@ -25,15 +25,19 @@ class HostMemory:
         self.locked = int(code) == 0
         if not self.locked:
             log.info("The system does not lock %d bytes: CUDA error %d", len(self.tensor), code)
-            # CUDA keeps the error for the next kernel of this thread: this one takes it
-            with contextlib.suppress(RuntimeError):
-                torch.ones(1, device="cuda")
+            take_error()
 
     def close(self) -> None:
         """Unlock the pages."""
         if self.locked:
             torch.cuda.cudart().cudaHostUnregister(self.tensor.data_ptr())
             self.locked = False
+
+
+def take_error() -> None:
+    """CUDA keeps the error of a refused call for the thread's next kernel: this one takes it."""
+    with contextlib.suppress(RuntimeError):
+        torch.ones(1, device="cuda")
 
 
 def _pages(size: int) -> torch.Tensor:
