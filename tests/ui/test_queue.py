@@ -1,12 +1,15 @@
 """The Queue in a real browser; and what is said where no queue can be shown."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 from playwright.sync_api import Locator, expect
 
 from browsing import Site, Visit
+from qwen_image_tool.ui.queue import board
+from running import server
 
 
 def submit(site: Site, prompt: str, **more: Any) -> str:
@@ -130,3 +133,16 @@ def _late(route: Any, site: Site, job: str) -> None:
     if job in (route.request.post_data or "") and "cancel" in route.request.post_data:
         site.http.post(f"/api/jobs/{job}/cancel")
     route.continue_()
+
+
+def test_a_job_that_ends_between_two_looks_is_shown_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with server(tmp_path) as live:
+        job = live.submit("a red circle")
+        live.wait(job)
+        before = live.service.queue().model_copy(update={"running": job})
+        monkeypatch.setattr(live.service, "queue", lambda: before)
+        now = board(live.service)
+    assert [each.id for each in now.ended] == [job]
+    assert (now.running, now.progress) == (None, None)

@@ -60,12 +60,15 @@ def build(kit: Kit, tab: gr.Tab) -> None:
 
 def board(service: Service) -> Board:
     queue = service.queue()
+    running = service.jobs.get(queue.running) if queue.running else None
     ended = tuple(service.jobs.latest(ENDED, SHOWN_ENDED))
+    if running and running.id in {job.id for job in ended}:  # it ended between these looks
+        running = None
     pictures = {job.id: service.pictures(job) for job in ended if job.state != "failed"}
     return Board(
         queue=queue,
-        running=service.jobs.get(queue.running) if queue.running else None,
-        progress=service.progress(queue.running) if queue.running else None,
+        running=running,
+        progress=service.progress(running.id) if running else None,
         waiting=tuple(service.jobs.waiting(SHOWN_WAITING)),
         ended=ended,
         first_pictures={job: found[0].id for job, found in pictures.items() if found},
