@@ -72,15 +72,14 @@ def measure(options: argparse.Namespace, worker: str) -> dict[str, Any]:
     given = ["--model", options.model, "--size", options.size, "--steps", str(options.steps)]
     given += ["--home", str(options.home), "--worker", worker]
     command = [sys.executable, __file__, str(options.folder), *given]
-    gb_each_second: list[float] = []
-    try:
-        with disk_reads() as gb_each_second:
+    with disk_reads() as gb_each_second:
+        try:
             done = subprocess.run(
                 command, stdout=subprocess.PIPE, timeout=options.timeout, check=True, text=True
             )
-        row = json.loads(done.stdout.strip().splitlines()[-1])
-    except (subprocess.SubprocessError, ValueError, IndexError) as error:
-        row = {"error": repr(error)[:200]}
+            row = json.loads(done.stdout.strip().splitlines()[-1])
+        except (subprocess.SubprocessError, ValueError, IndexError) as error:
+            row = {"error": repr(error)[:200]}
     row |= {"page_cache_dropped": dropped, "disk_gb_each_second": gb_each_second}
     print(worker, json.dumps(row), flush=True)
     return dict(row)

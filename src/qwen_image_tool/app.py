@@ -272,15 +272,16 @@ class App:
                     reading.close()
                 emit(event)
 
-            try:
+            def planned() -> tuple[Device, tuple[Plan, ...]]:
                 found = self._device_for(installed, emit, reading, disk)
                 here = found.within(ram_bytes, vram_bytes)
-                plans = planner.plans(resolved, installed, here, anyway)
+                return here, planner.plans(resolved, installed, here, anyway)
+
+            try:
+                here, plans = planned()
             except CannotRun:  # as the memory was when the engine was made; it may be free by now
                 self._forget_engine()
-                found = self._device_for(installed, emit, reading, disk)
-                here = found.within(ram_bytes, vram_bytes)
-                plans = planner.plans(resolved, installed, here, anyway)
+                here, plans = planned()
             plans = plans[min(skip, len(plans) - 1) :]
             for reason in plans[0].reasons:
                 emit(Notice(text=reason))

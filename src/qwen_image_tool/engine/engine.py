@@ -56,7 +56,6 @@ from qwen_image_tool.types import (
 )
 
 PREVIEW_SECONDS = 0.4  # at least, between two previews
-UNLOCKED = "of the blocks, so they cross to the GPU more slowly, by way of a buffer."
 Emit = Callable[[Event], None]
 IsCancelled = Callable[[], bool]
 # Bytes on disk. A prompt of the 20B family takes about 0.3 MB, a schedule 4.4 MB a step
@@ -154,7 +153,8 @@ class Engine:
                     forward.rehearse(latents, conditions)
                 watch.wait(parts.transformer.loading, reader)
                 if refused := parts.transformer.unlocked:
-                    emit(Notice(text=f"The system does not page-lock {refused} {UNLOCKED}"))
+                    said = f"The system does not page-lock {refused} of the blocks, so they cross"
+                    emit(Notice(text=f"{said} to the GPU more slowly, by way of a buffer."))
 
             # 4. From noise to latents
             with watch.phase("denoise"):
