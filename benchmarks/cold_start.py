@@ -64,13 +64,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=400, help="seconds a line")
     parser.add_argument("--home", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--worker", choices=WORKERS, help=argparse.SUPPRESS)
+    parser.add_argument("--began", type=float, help=argparse.SUPPRESS)  # seconds of the epoch
     return parser.parse_args()
 
 
 def measure(options: argparse.Namespace, worker: str) -> dict[str, Any]:
     dropped = drop_page_cache()
     given = ["--model", options.model, "--size", options.size, "--steps", str(options.steps)]
-    given += ["--home", str(options.home), "--worker", worker]
+    given += ["--home", str(options.home), "--worker", worker, "--began", str(time.time())]
     command = [sys.executable, __file__, str(options.folder), *given]
     with disk_reads() as gb_each_second:
         try:
@@ -175,22 +176,21 @@ def read(options: argparse.Namespace) -> dict[str, Any]:
 def ours(options: argparse.Namespace) -> dict[str, Any]:
     """As `qit generate` does it, to the end of the first step, where the device is known already:
     it is measured once."""
-    began = any_card.process_start()
     from qwen_image_tool.app import App
     from qwen_image_tool.errors import Cancelled
     from qwen_image_tool.settings import Settings
     from qwen_image_tool.types import Event, Notice, PhaseStarted, Request, Size, Stepped
 
     first: list[float] = []
-    phases: list[tuple[str, float]] = [("asked", time.time() - began)]
+    phases: list[tuple[str, float]] = [("asked", time.time() - options.began)]
 
     def emit(event: Event) -> None:
         if isinstance(event, Notice):
-            phases.append((event.text, time.time() - began))
+            phases.append((event.text, time.time() - options.began))
         if isinstance(event, PhaseStarted):
-            phases.append((event.phase, time.time() - began))
+            phases.append((event.phase, time.time() - options.began))
         if isinstance(event, Stepped):
-            first.append(time.time() - began)
+            first.append(time.time() - options.began)
 
     app = App(Settings(output=options.home / "out", cache=options.home / "cache"))
     request = Request(
@@ -208,7 +208,6 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
 
 def theirs(options: argparse.Namespace) -> dict[str, Any]:
     """diffusers: from_pretrained, enable_model_cpu_offload, to the end of the first step."""
-    began = any_card.process_start()
     import torch
 
     from qwen_image_tool.types import Size
@@ -220,7 +219,7 @@ def theirs(options: argparse.Namespace) -> dict[str, Any]:
 
     def stepped(pipe: Any, _step: int, _time: Any, values: dict[str, Any]) -> dict[str, Any]:
         torch.cuda.synchronize()
-        first.append(time.time() - began)
+        first.append(time.time() - options.began)
         pipe._interrupt = True
         return values
 

@@ -19,121 +19,142 @@ VERSIONS = {"torch": "2.11"}
 
 
 @pytest.fixture
-def read(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """What was read."""
+def fetched(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """What was read; nothing is in the system's cache."""
     found: list[Path] = []
-    monkeypatch.setattr(libraries, "_read_through", lambda path, _: found.append(path))
+    monkeypatch.setattr(libraries, "_fetch", lambda path, _: found.append(path))
+    monkeypatch.setattr(libraries, "_seems_cached", lambda _: False)
     monkeypatch.setattr(os, "RWF_NOWAIT", 8, raising=False)
     return found
 
 
-def read_all(files: LibraryFiles, found: list[Path]) -> None:
-    """Until as many are found as are kept."""
-    with files.read():
-        deadline = time.monotonic() + 20
-        while len(found) < len(files._known()) and time.monotonic() < deadline:
-            time.sleep(0.01)
+def start(files: LibraryFiles) -> None:
+    with files.imported():
+        pass
 
 
-def test_what_a_process_has_loaded_is_read_in_the_next(tmp_path: Path, read: list[Path]) -> None:
+def kept(path: Path) -> list[Path]:
+    return [Path(name) for name in json.loads(path.read_text(encoding="utf-8"))["files"]]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what its cache holds")
+def test_what_an_import_has_read_is_brought_before_the_next(
+    tmp_path: Path, fetched: list[Path]
+) -> None:
     path = tmp_path / "cache" / "libraries.json"
-    read_all(LibraryFiles(path, VERSIONS), read)
-    assert not read
+    package = tmp_path / "packages" / "package"
+    (package / "models").mkdir(parents=True)
+    (package / "models" / "no module.txt").write_text("x", encoding="utf-8")
+    (package / "__init__.py").write_text(
+        """
+import os
+from pathlib import Path
+for file in os.scandir(Path(__file__).parent / "models"):
+    Path(file).read_text(encoding="utf-8")
+""",
+        encoding="utf-8",
+    )
     code = """
 import sys
 from pathlib import Path
-import numpy
 from qwen_image_tool.libraries import LibraryFiles
-LibraryFiles(Path(sys.argv[1]), {"torch": "2.11"}).remember()
+sys.path.append(sys.argv[2])
+with LibraryFiles(Path(sys.argv[1]), {"torch": "2.11"}).imported():
+    import numpy
+    import package
+    Path(sys.argv[1]).parent.mkdir()
+    (Path(sys.argv[1]).parent / "no library").write_text("x", encoding="utf-8")
 """
-    subprocess.run([sys.executable, "-c", code, str(path)], check=True)
-    read_all(LibraryFiles(path, VERSIONS), read)
-    assert any(file.name.startswith("_multiarray_umath") for file in read)
-    assert any("psutil" in file.parts for file in read)
-    assert all(file.is_file() for file in read)
-    files = json_files(path)
+    subprocess.run([sys.executable, "-c", code, str(path), str(package.parent)], check=True)
+    start(LibraryFiles(path, VERSIONS))
+    assert {package / "models", package / "models" / "no module.txt"} <= {*fetched}
+    assert any(file.name.startswith("_multiarray_umath") for file in fetched)
+    assert any("psutil" in file.parts for file in fetched)
+    assert all(file.exists() for file in fetched)
+    assert not any(file.name == "no library" for file in fetched)
+    files = kept(path)
+    assert sorted(files) == sorted(fetched)
     assert len(files) == len(set(files))
     names = [file.name.partition(".")[0] for file in files]
-    assert names.index("pathlib") < names.index("libraries")  # as they were imported
+    assert names.index("numpy") < names.index("no module")  # as they were imported
 
 
-def test_the_rest_is_not_read_when_the_block_ends(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_what_a_start_that_fails_has_read_is_not_kept(
+    tmp_path: Path, fetched: list[Path], error: type[BaseException]
 ) -> None:
-    files = LibraryFiles(tmp_path / "libraries.json", VERSIONS)
-    monkeypatch.setattr(os, "RWF_NOWAIT", 8, raising=False)
-    files.remember()
-    count = len(json_files(tmp_path / "libraries.json"))
-    begun, ended = threading.Semaphore(0), threading.Event()
+    path = tmp_path / "libraries.json"
+    with pytest.raises(error), LibraryFiles(path, VERSIONS).imported():
+        raise error
+    assert not path.exists()
+    assert not libraries._listeners
+
+
+def test_a_start_that_is_interrupted_does_not_wait_for_the_rest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     found: list[Path] = []
 
-    def slow(path: Path, _: threading.Event) -> None:
+    def fetch(path: Path, ended: threading.Event) -> None:
+        if path == Path("0"):
+            raise KeyboardInterrupt
+        assert ended.wait(20)
         found.append(path)
-        begun.release()
-        ended.wait(20)
 
-    monkeypatch.setattr(libraries, "_read_through", slow)
-    with files.read():
-        for _ in range(libraries.READERS):
-            assert begun.acquire(timeout=20)
-        threading.Timer(0.2, ended.set).start()
-    assert len(found) < count
+    monkeypatch.setattr(libraries, "_fetch", fetch)
+    monkeypatch.setattr(libraries, "_seems_cached", lambda _: False)
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        libraries._bring([Path(str(n)) for n in range(libraries.READERS * 2)])
+    assert time.monotonic() - began < 15
 
 
-def test_a_large_file_is_not_read_to_its_end_when_the_block_ends(
+def test_a_large_file_is_not_read_to_its_end_when_it_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else an interrupted start waits for it."""
-    files = LibraryFiles(tmp_path / "libraries.json", VERSIONS)
-    monkeypatch.setattr(os, "RWF_NOWAIT", 8, raising=False)
-    files.remember()
-    begun, left = threading.Event(), iter(range(10_000))
+    path, ended = tmp_path / "large", threading.Event()
+    path.write_bytes(b"x" * 100)
+    monkeypatch.setattr(libraries, "PIECE", 10)
+    asked: list[int] = []
 
-    def read(_: int) -> bytes:
-        begun.set()
-        time.sleep(0.01)
-        return b"x" * (next(left, None) is not None)
+    def cached(_: int, at: int) -> bool:
+        asked.append(at)
+        if len(asked) == 3:
+            ended.set()
+        return True
 
-    file = MagicMock()
-    file.__enter__.return_value = file
-    file.read.side_effect = read
-    monkeypatch.setattr(libraries, "is_cached", lambda _file, _start: False)
-    monkeypatch.setattr(files, "_known", lambda: [tmp_path / "large"])
-    monkeypatch.setattr(Path, "open", lambda *_, **__: file)
-    with files.read():
-        assert begun.wait(20)
-    assert next(left, None) is not None
+    monkeypatch.setattr(libraries, "is_cached", cached)
+    libraries._fetch(path, ended)
+    libraries._fetch(path, ended)
+    assert asked == [9, 19, 29]
 
 
 def test_a_python_elsewhere_has_another_list(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, fetched: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As after the project's folder was moved: the files of the old list are gone."""
-    monkeypatch.setattr(os, "RWF_NOWAIT", 8, raising=False)
     path = tmp_path / "libraries.json"
-    LibraryFiles(path, VERSIONS).remember()
+    start(LibraryFiles(path, VERSIONS))
     assert LibraryFiles(path, VERSIONS)._known()
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
     assert not LibraryFiles(path, VERSIONS)._known()
 
 
-def json_files(path: Path) -> list[Path]:
-    return [Path(name) for name in json.loads(path.read_text(encoding="utf-8"))["files"]]
-
-
-def test_other_versions_have_another_list(tmp_path: Path, read: list[Path]) -> None:
+def test_other_versions_have_another_list(tmp_path: Path, fetched: list[Path]) -> None:
     path = tmp_path / "libraries.json"
-    files = LibraryFiles(path, VERSIONS)
-    files.remember()
-    kept = path.read_bytes()
-    files.remember()
-    assert path.read_bytes() == kept
+    start(LibraryFiles(path, VERSIONS))
+    before = path.read_bytes()
+    assert not fetched
+    start(LibraryFiles(path, VERSIONS))
+    assert path.read_bytes() == before
+    assert len(fetched) == len(kept(path)) > 100
+    fetched.clear()
     other = LibraryFiles(path, {"torch": "2.12"})
-    read_all(other, read)
-    assert not read
-    other.remember()
-    read_all(other, read)
-    assert len(read) == len(json_files(path)) > 100
+    start(other)
+    assert not fetched
+    assert path.read_bytes() != before
+    start(other)
+    assert len(fetched) == len(kept(path)) > 100
 
 
 def test_no_list_is_kept_where_the_system_does_not_tell(
@@ -141,40 +162,56 @@ def test_no_list_is_kept_where_the_system_does_not_tell(
 ) -> None:
     monkeypatch.delattr(os, "RWF_NOWAIT", raising=False)
     path = tmp_path / "libraries.json"
-    LibraryFiles(path, VERSIONS).remember()
+    start(LibraryFiles(path, VERSIONS))
     assert not path.exists()
 
 
 def test_a_list_that_is_broken_or_cannot_be_written_is_no_error(
-    tmp_path: Path, read: list[Path], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, fetched: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "libraries.json"
     path.write_text('{"versions": 3', encoding="utf-8")
     files = LibraryFiles(path, VERSIONS)
-    read_all(files, read)
+    assert not files._known()
     gone = {"versions": files._versions, "files": [str(tmp_path / "gone"), str(tmp_path)]}
     path.write_text(json.dumps(gone), encoding="utf-8")
-    read_all(files, read)
-    assert len(read) == 2
+    start(files)
+    assert sorted(fetched) == [tmp_path, tmp_path / "gone"]
     monkeypatch.setattr(psutil, "Process", object)  # as on macOS
-    LibraryFiles(path / "not a folder", VERSIONS).remember()
+    start(LibraryFiles(path / "not a folder", VERSIONS))
 
 
-def test_what_is_in_the_cache_or_gone_is_passed_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("cached", [True, False])
+def test_only_what_is_not_in_the_cache_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool
 ) -> None:
-    ended = threading.Event()
-    libraries._read_through(tmp_path / "gone", ended)
+    ended, path = threading.Event(), tmp_path / "here"
+    path.write_bytes(b"x" * 25)
+    monkeypatch.setattr(libraries, "PIECE", 10)
+    monkeypatch.setattr(libraries, "is_cached", lambda _file, start: cached or start == 9)
     file = MagicMock()
     file.__enter__.return_value = file
-    file.read.side_effect = [b"x" * 10, b""]
-    monkeypatch.setattr(Path, "open", lambda *_, **__: file)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", lambda *_, **__: file)
+        libraries._fetch(path, ended)
+    assert [each.args for each in file.read.call_args_list] == ([] if cached else [(10,), (5,)])
+    libraries._fetch(tmp_path / "gone", ended)
+    libraries._fetch(tmp_path, ended)  # a folder
+
+
+def test_libraries_that_are_in_the_cache_are_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nearly every start: a few of the thousands are asked."""
+    (tmp_path / "empty").touch()
+    (tmp_path / "full").write_bytes(b"x")
+    known = [tmp_path / "empty", tmp_path, tmp_path / "gone", tmp_path / "full"]
+    fetched: list[Path] = []
+    monkeypatch.setattr(libraries, "SAMPLE", 1)
+    monkeypatch.setattr(libraries, "_fetch", lambda path, _: fetched.append(path))
     monkeypatch.setattr(libraries, "is_cached", lambda _file, _start: True)
-    libraries._read_through(tmp_path / "here", ended)
-    assert not file.read.called
+    libraries._bring(known)
+    assert not fetched
     monkeypatch.setattr(libraries, "is_cached", lambda _file, _start: False)
-    libraries._read_through(tmp_path / "here", ended)
-    assert file.read.call_count == 2  # its bytes, and its end
-    ended.set()
-    libraries._read_through(tmp_path / "here", ended)
-    assert file.read.call_count == 2
+    libraries._bring(known)
+    assert sorted(fetched) == sorted(known)

@@ -322,15 +322,15 @@ class App:
         if not (self._engine and self._device and self._engine.is_of(installed)):
             self._forget_engine()
             libraries = LibraryFiles(self.settings.cache / "libraries.json", library_versions())
-            reading.enter_context(libraries.read())
-            reading.enter_context(read_ahead(_wanted(installed), disk))
+            reading.enter_context(libraries.imported())
+            weights = reading.enter_context(ExitStack())
+            weights.enter_context(read_ahead(_wanted(installed), disk))
             from qwen_image_tool.engine.engine import Engine
             from qwen_image_tool.engine.probe import torch_facts
 
             facts = torch_facts()
-            libraries.remember()
             self._engine = Engine(installed, self.settings.cache, self._previews)
-            self._device = self._measured(device.probe(facts), emit, reading)
+            self._device = self._measured(device.probe(facts), emit, weights)
         return self._device
 
     def _forget_engine(self) -> None:

@@ -1,16 +1,17 @@
-"""The files of Python's libraries, read many at once while they are imported.
+"""The files of Python's libraries, read many at once before they are imported.
 
 From a cold disk an import fetches thousands of small files one after the other; beside the weights,
 which keep the disk busy, each of them waits for its turn.
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,40 +20,38 @@ import psutil
 
 from qwen_image_tool.files import is_cached, replace_file
 
-READERS = 32  # threads: small files keep a disk waiting
+READERS = 16  # threads
 PIECE = 8 << 20  # bytes of one read
 USED = 0.5  # of a shared library: one that is used less is left to the system
+SAMPLE = 50  # where one in so many is in the system's cache, all are taken to be
 
 
 class LibraryFiles:
-    """The files that an import read the last time, kept in the file `path`; another list for other
-    `versions`, another Python and another folder of its packages. Only Linux tells what is in its
-    cache: elsewhere no list is kept."""
+    """The files that an import reads and the folders that it lists, kept in the file `path`;
+    another list for other `versions`, another Python and another folder of its packages. Only Linux
+    tells what is in its cache: elsewhere no list is kept."""
 
     def __init__(self, path: Path, versions: Mapping[str, str]) -> None:
         self._path = path
         self._versions = {**versions, "python": sys.version, "packages": sys.prefix}
 
     @contextmanager
-    def read(self) -> Iterator[None]:
-        """While the block runs, bring them into the system's cache of files, in the order in which
-        they were imported: an import in the block finds them there."""
-        ended = threading.Event()
-        pool = ThreadPoolExecutor(READERS, thread_name_prefix="libraries")
-        for file in self._known():
-            pool.submit(_read_through, file, ended)
-        try:
+    def imported(self) -> Iterator[None]:
+        """What the block imports is in the system's cache of files before it runs. Where nothing is
+        known of it yet, what it reads is kept, unless it raises."""
+        if known := self._known():
+            _bring(known)
             yield
-        finally:
-            ended.set()
-            pool.shutdown(cancel_futures=True)
+        elif hasattr(os, "RWF_NOWAIT"):
+            with _opened() as opened:
+                yield
+            self._keep(opened)
+        else:
+            yield
 
-    def remember(self) -> None:
-        """That they are those which this process has loaded by now."""
-        if self._known() or not hasattr(os, "RWF_NOWAIT"):
-            return
-        files = dict.fromkeys((*_shared_libraries(), *_modules()))
-        kept = {"versions": self._versions, "files": [str(file) for file in files]}
+    def _keep(self, opened: list[Path]) -> None:
+        paths = dict.fromkeys((*_shared_libraries(), *opened, *_modules()))
+        kept = {"versions": self._versions, "files": [str(path) for path in paths]}
         with contextlib.suppress(OSError):
             replace_file(self._path, json.dumps(kept, indent=0).encode())
 
@@ -63,6 +62,40 @@ class LibraryFiles:
             return [*map(Path, kept["files"])] if kept["versions"] == self._versions else []
         except (OSError, ValueError, TypeError, KeyError):
             return []
+
+
+_listeners: list[dict[str, None]] = []  # what each has heard of, in its order
+
+
+@contextmanager
+def _opened() -> Iterator[list[Path]]:
+    """The files that Python opens in the block and the folders that it lists, of those that it
+    imports from: an import also reads what is no module, as transformers does with the source of
+    all its models. The list is filled when the block ends."""
+    found: list[Path] = []
+    heard: dict[str, None] = {}
+    _listen()
+    _listeners.append(heard)
+    try:
+        yield found
+    finally:
+        _listeners.remove(heard)
+        folders = tuple(str(Path(folder) / "x")[:-1] for folder in sys.path if folder)
+        paths = (Path(name) for name in heard if name.startswith(folders))
+        found += (path for path in paths if path.exists())
+
+
+@functools.cache  # Python can't be told to forget a hook
+def _listen() -> None:
+    sys.addaudithook(_hear)
+
+
+def _hear(event: str, arguments: tuple[object, ...]) -> None:
+    if _listeners and event in ("open", "os.listdir", "os.scandir"):
+        path = arguments[0]
+        for heard in _listeners:
+            if isinstance(path, str):
+                heard[path] = None
 
 
 def _modules() -> Iterator[Path]:
@@ -83,9 +116,48 @@ def _shared_libraries() -> list[Path]:
     return [file for file, used in files if file.is_file() and used >= USED * file.stat().st_size]
 
 
-def _read_through(path: Path, ended: threading.Event) -> None:
-    """Until it `ended`: the largest have a gigabyte."""
-    with contextlib.suppress(OSError), path.open("rb", buffering=0) as file:
-        if not is_cached(file.fileno(), 0):
-            while not ended.is_set() and file.read(PIECE):
-                pass
+def _bring(known: Sequence[Path]) -> None:
+    if all(map(_seems_cached, known[::SAMPLE])):
+        return
+    ended = threading.Event()
+
+    def fetch(share: Sequence[Path]) -> None:
+        for path in share:
+            _fetch(path, ended)
+
+    pool = ThreadPoolExecutor(READERS, thread_name_prefix="libraries")
+    try:
+        for _ in pool.map(fetch, (known[first::READERS] for first in range(READERS))):
+            pass
+    finally:
+        ended.set()
+        pool.shutdown()
+
+
+def _seems_cached(path: Path) -> bool:
+    try:
+        with path.open("rb", buffering=0) as file:
+            return not path.stat().st_size or is_cached(file.fileno(), 0)
+    except OSError:  # a folder, or gone
+        return True
+
+
+def _fetch(path: Path, ended: threading.Event) -> None:
+    """A file, until it `ended`: the largest have a gigabyte. Or a folder: what an import asks of
+    the files in it."""
+    if ended.is_set():
+        return
+    with contextlib.suppress(OSError):
+        if path.is_dir():
+            for entry in path.iterdir():
+                entry.stat()
+            return
+        size = path.stat().st_size
+        with path.open("rb", buffering=0) as file:
+            for start in range(0, size, PIECE):
+                end = min(start + PIECE, size)
+                if not is_cached(file.fileno(), end - 1):
+                    file.seek(start)
+                    file.read(end - start)
+                if ended.is_set():
+                    return
