@@ -27,7 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from processor import Processor
-from sections import write_section
+from sections import what_was_asked, write_section
 
 GIB = 1 << 30
 PROMPT = "a red circle left of a blue square on a yellow background, drawn with a soft brush"
@@ -548,7 +548,7 @@ def about(options: argparse.Namespace) -> dict[str, Any]:
     from qwen_image_tool.app import library_versions
 
     return {
-        "command": f"python benchmarks/any_card.py FOLDER {what_was_asked()}",
+        "command": f"python benchmarks/any_card.py FOLDER {what_was_asked(sys.argv[2:])}",
         "date": time.strftime("%Y-%m-%d"),
         "gpu": torch.cuda.get_device_name(),
         "cuda": torch.version.cuda,
@@ -558,12 +558,6 @@ def about(options: argparse.Namespace) -> dict[str, Any]:
         "size": options.size,
         "steps": options.steps,
     }
-
-
-def what_was_asked() -> str:
-    """The arguments that change what is measured."""
-    text = " ".join(sys.argv[2:])
-    return re.sub(r" *--(json|docs|timeout) \S+", "", text)
 
 
 COLUMNS = (

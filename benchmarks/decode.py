@@ -1,6 +1,6 @@
 """Latents to pixels: diffusers' full frame and its tiling, ours and ours in strips, in one run.
 
-    .venv/bin/python benchmarks/decode.py [--json FILE] [--write]
+    .venv/bin/python benchmarks/decode.py [--strips 3 7] [--json FILE] [--write]
 
 Full-size VAEs with random weights, in bfloat16: the values change neither time nor memory. On a GPU
 the caps are those of torch's allocator, weights included; strips are chosen as the planner chooses
@@ -14,6 +14,7 @@ import copy
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ from qwen_image_tool.device import cpu_name
 from qwen_image_tool.engine import vae
 from qwen_image_tool.engine.probe import torch_facts
 from qwen_image_tool.types import Size
-from sections import PAGE, write_section
+from sections import PAGE, what_was_asked, write_section
 
 GIB = 2**30
 CLASSES: dict[Family, Any] = {
@@ -55,6 +56,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--sizes", type=int, nargs="+", help="pixels a side")
     parser.add_argument("--caps", type=float, nargs="*", default=[1.5, 2, 4], help="GiB")
+    parser.add_argument("--strips", type=int, nargs="*", default=[], help="counts, without a cap")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--json", type=Path)
@@ -67,7 +69,14 @@ def main(arguments: list[str] | None = None) -> list[Row]:
         for family in CLASSES:
             for side in options.sizes or ([128] if options.small else SIZES[family]):
                 rows += measured(Bench(family, Size(side, side), options))
-    report = {"machine": machine(options.device), "versions": versions(), "rows": rows}
+    asked = what_was_asked(sys.argv[1:] if arguments is None else arguments)
+    report = {
+        "command": f"benchmarks/decode.py {asked}".strip(),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": machine(options.device),
+        "versions": versions(),
+        "rows": rows,
+    }
     if options.json:
         options.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
     else:
@@ -91,7 +100,7 @@ def measured(bench: "Bench") -> list[Row]:
     for cap in [None, *bench.caps]:
         add("diffusers, tiling", theirs, cap)
     add("ours, full frame", ours)
-    for strips in () if bench.caps else (4,):
+    for strips in bench.counts:
         add(f"ours, {strips} strips", ours, None, strips)
     for cap in bench.caps:
         strips = bench.strips(cap)
@@ -106,6 +115,7 @@ class Bench:
         self.family, self.size, self.device = family, size, torch.device(options.device)
         self.on_gpu = self.device.type == "cuda"
         self.caps, self.repeats = options.caps if self.on_gpu else [], options.repeats
+        self.counts = options.strips or ([] if self.on_gpu else [4])
         torch.manual_seed(0)
         with self.device:
             made = CLASSES[family](**NARROW[family] if options.small else {})
@@ -210,7 +220,8 @@ def table(report: dict[str, Any]) -> str:
     full: dict[tuple[str, str], Row] = {}
     body = [line(r, full.setdefault((r["family"], r["size"]), r)) for r in report["rows"]]
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    head = f"`benchmarks/decode.py`: {report['machine']}, {versions}; bfloat16, random weights."
+    head = f"`{report['command']}`, {report['date']}: {report['machine']}, {versions}; bfloat16,"
+    head += " random weights."
     return "\n".join([head, "", f"| {' | '.join(HEADINGS)} |", "|---" * len(HEADINGS) + "|", *body])
 
 

@@ -1,5 +1,7 @@
 """Tables that the benchmarks write into a page, each between two marks of its own."""
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
@@ -17,3 +19,9 @@ def write_section(page: Path, name: str, text: str, add: bool = False) -> None:
     if not mark:
         raise SystemExit(f"{page} has no lines {begin} and {end}")
     page.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+
+
+def what_was_asked(arguments: Sequence[str]) -> str:
+    """Those of a command's arguments that change what is measured."""
+    text = " ".join(["", *arguments])
+    return re.sub(r" --write| --(json|docs|timeout) \S+", "", text).strip()
