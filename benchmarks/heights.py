@@ -1,0 +1,83 @@
+"""Which heights of a strip give the bits of the whole frame, for each convolution of the decoder.
+
+    .venv/bin/python benchmarks/heights.py [--small]
+
+On few pixels a GPU's library takes another kernel for another height, which adds in another order;
+from there on the picture differs by rounding. Each line is one convolution as the decoder calls it,
+the first of its shape: the rows of the whole frame, then the heights that were tried, with the
+share of numbers that differ in percent, or `=`.
+"""
+
+import argparse
+
+import diffusers
+import torch
+
+from decode import CLASSES, NARROW, SIZES
+from qwen_image_tool.catalog import Family
+from qwen_image_tool.decoding import DECODINGS
+from qwen_image_tool.engine import vae
+from qwen_image_tool.engine.probe import torch_facts
+
+Seen = dict[tuple[object, ...], tuple[vae._Conv, torch.Tensor]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--models", nargs="+", choices=tuple(CLASSES), default=tuple(CLASSES))
+    parser.add_argument("--sizes", type=int, nargs="+", help="pixels a side")
+    parser.add_argument("--small", action="store_true", help="narrow decoders and small frames")
+    options = parser.parse_args()
+    torch_facts()  # sets the allocator as the program does
+    diffusers.logging.set_verbosity_error()
+    with torch.inference_mode():
+        for family in options.models:
+            for side in options.sizes or ([128] if options.small else SIZES[family]):
+                print(f"{family} {side}x{side}", flush=True)
+                for conv, frame in convolutions(family, side, options).values():
+                    print(line(conv, frame), flush=True)
+
+
+def convolutions(family: Family, side: int, options: argparse.Namespace) -> Seen:
+    """What the decoder convolves when it decodes one picture in one piece, in its order."""
+    torch.manual_seed(0)
+    with torch.device(options.device):
+        made = CLASSES[family](**NARROW[family] if options.small else {})
+    made = made.to(torch.bfloat16).eval().requires_grad_(False)
+    cells = side // vae.scale(made)
+    latents = torch.randn(1, made.config.z_dim, 1, cells, cells, device=options.device)
+    vae.make_single_frame(made, DECODINGS[family], faithful=True)
+    seen: Seen = {}
+
+    def keep(conv: vae._Conv, given: tuple[torch.Tensor, ...]) -> None:
+        key = conv.weight.shape, given[0].shape, conv.faithful
+        if conv.weight.shape[-1] > 1:
+            seen.setdefault(key, (conv, given[0].clone()))
+
+    for module in made.decoder.modules():
+        if isinstance(module, vae._Conv):
+            module.register_forward_pre_hook(keep)
+    vae.levels(made, latents.to(torch.bfloat16))
+    for module in made.decoder.modules():
+        module._forward_pre_hooks.clear()
+    return seen
+
+
+def line(conv: vae._Conv, frame: torch.Tensor) -> str:
+    whole, height = conv(frame), frame.shape[2]
+    tried = {height // count + 4 for count in range(2, 17)}
+    tried |= {*range(8, height, max(8, height // 32))}
+    found = []
+    for rows in sorted(tried):
+        start = (height - rows) // 2
+        strip = conv(frame[:, :, start : start + rows].contiguous())[:, :, 1:-1]
+        differs = strip != whole[:, :, start + 1 : start + rows - 1]
+        share = float(differs.float().mean())
+        found.append(f"{rows}:{f'{100 * share:.2g}' if share else '='}")
+    shape = "x".join(map(str, conv.weight.shape))
+    return f"{shape}{' faithful' if conv.faithful else ''}, {height}: {' '.join(found)}"
+
+
+if __name__ == "__main__":
+    main()
