@@ -13,7 +13,6 @@ import argparse
 import itertools
 import json
 import platform
-import re
 import resource
 import statistics
 import subprocess

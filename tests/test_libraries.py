@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from unittest.mock import MagicMock
 
-import psutil
 import pytest
 
 import qwen_image_tool.libraries as libraries
@@ -22,7 +21,7 @@ VERSIONS = {"torch": "2.11"}
 def fetched(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """What was read; nothing is in the system's cache."""
     found: list[Path] = []
-    monkeypatch.setattr(libraries, "_fetch", lambda path, _: found.append(path))
+    monkeypatch.setattr(libraries, "_fetch", lambda path, *_: found.append(path))
     monkeypatch.setattr(libraries, "_seems_cached", lambda _: False)
     monkeypatch.setattr(os, "RWF_NOWAIT", 8, raising=False)
     return found
@@ -69,7 +68,6 @@ with LibraryFiles(Path(sys.argv[1]), {"torch": "2.11"}).imported():
     start(LibraryFiles(path, VERSIONS))
     assert {package / "models", package / "models" / "no module.txt"} <= {*fetched}
     assert any(file.name.startswith("_multiarray_umath") for file in fetched)
-    assert any("psutil" in file.parts for file in fetched)
     assert all(file.exists() for file in fetched)
     assert not any(file.name == "no library" for file in fetched)
     files = kept(path)
@@ -95,7 +93,7 @@ def test_a_start_that_is_interrupted_does_not_wait_for_the_rest(
 ) -> None:
     found: list[Path] = []
 
-    def fetch(path: Path, ended: threading.Event) -> None:
+    def fetch(path: Path, _: libraries.Pieces, ended: threading.Event) -> None:
         if path == Path("0"):
             raise KeyboardInterrupt
         assert ended.wait(20)
@@ -105,7 +103,7 @@ def test_a_start_that_is_interrupted_does_not_wait_for_the_rest(
     monkeypatch.setattr(libraries, "_seems_cached", lambda _: False)
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        libraries._bring([Path(str(n)) for n in range(libraries.READERS * 2)])
+        libraries._bring([(Path(str(n)), None) for n in range(libraries.READERS * 2)])
     assert time.monotonic() - began < 15
 
 
@@ -124,8 +122,8 @@ def test_a_large_file_is_not_read_to_its_end_when_it_ended(
         return True
 
     monkeypatch.setattr(libraries, "is_cached", cached)
-    libraries._fetch(path, ended)
-    libraries._fetch(path, ended)
+    libraries._fetch(path, None, ended)
+    libraries._fetch(path, None, ended)
     assert asked == [9, 19, 29]
 
 
@@ -173,11 +171,14 @@ def test_a_list_that_is_broken_or_cannot_be_written_is_no_error(
     path.write_text('{"versions": 3', encoding="utf-8")
     files = LibraryFiles(path, VERSIONS)
     assert not files._known()
-    gone = {"versions": files._versions, "files": [str(tmp_path / "gone"), str(tmp_path)]}
-    path.write_text(json.dumps(gone), encoding="utf-8")
+    path.write_text(
+        json.dumps({"versions": files._versions, "files": [str(tmp_path)]}), encoding="utf-8"
+    )
+    assert not files._known()
+    gone = {str(tmp_path / "gone"): [0], str(tmp_path): None}
+    path.write_text(json.dumps({"versions": files._versions, "files": gone}), encoding="utf-8")
     start(files)
     assert sorted(fetched) == [tmp_path, tmp_path / "gone"]
-    monkeypatch.setattr(psutil, "Process", object)  # as on macOS
     start(LibraryFiles(path / "not a folder", VERSIONS))
 
 
@@ -193,10 +194,12 @@ def test_only_what_is_not_in_the_cache_is_read(
     file.__enter__.return_value = file
     with monkeypatch.context() as patched:
         patched.setattr(Path, "open", lambda *_, **__: file)
-        libraries._fetch(path, ended)
-    assert [each.args for each in file.read.call_args_list] == ([] if cached else [(10,), (5,)])
-    libraries._fetch(tmp_path / "gone", ended)
-    libraries._fetch(tmp_path, ended)  # a folder
+        libraries._fetch(path, None, ended)
+        libraries._fetch(path, [2, 7], ended)
+    sizes = [each.args[0] for each in file.read.call_args_list]
+    assert sizes == ([] if cached else [10, 5, 5])
+    libraries._fetch(tmp_path / "gone", None, ended)
+    libraries._fetch(tmp_path, None, ended)  # a folder
 
 
 def test_libraries_that_are_in_the_cache_are_passed_over(
@@ -205,13 +208,27 @@ def test_libraries_that_are_in_the_cache_are_passed_over(
     """Nearly every start: a few of the thousands are asked."""
     (tmp_path / "empty").touch()
     (tmp_path / "full").write_bytes(b"x")
-    known = [tmp_path / "empty", tmp_path, tmp_path / "gone", tmp_path / "full"]
+    paths = [tmp_path / "empty", tmp_path, tmp_path / "gone", tmp_path / "full"]
+    known: libraries.Known = [(path, None) for path in paths]
     fetched: list[Path] = []
     monkeypatch.setattr(libraries, "SAMPLE", 1)
-    monkeypatch.setattr(libraries, "_fetch", lambda path, _: fetched.append(path))
+    monkeypatch.setattr(libraries, "_fetch", lambda path, *_: fetched.append(path))
     monkeypatch.setattr(libraries, "is_cached", lambda _file, _start: True)
     libraries._bring(known)
     assert not fetched
     monkeypatch.setattr(libraries, "is_cached", lambda _file, _start: False)
     libraries._bring(known)
-    assert sorted(fetched) == sorted(known)
+    assert sorted(fetched) == sorted(paths)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell what was touched")
+def test_of_a_shared_library_only_what_was_touched_is_read() -> None:
+    import torch  # noqa: F401
+
+    found = libraries._shared_libraries()
+    [name] = [name for name in found if Path(name).name == "libtorch_cpu.so"]
+    whole, pieces = -(-Path(name).stat().st_size // libraries.PIECE), found[name]
+    assert pieces
+    assert pieces == sorted({*pieces})
+    assert 0 == pieces[0] < pieces[-1] < whole
+    assert 10 < len(pieces) < whole / 2

@@ -8,28 +8,29 @@ import contextlib
 import functools
 import itertools
 import json
+import mmap
 import os
 import sys
 import threading
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
-
 from qwen_image_tool.files import is_cached, replace_file
 
 READERS = 16  # threads
-PIECE = 8 << 20  # bytes of one read
-USED = 0.5  # of a shared library: one that is used less is left to the system
+PIECE = 1 << 20  # bytes of one read
 SAMPLE = 50  # where one in so many is in the system's cache, all are taken to be
+Pieces = list[int] | None  # of a file, counted from its start; None: all
+Known = Sequence[tuple[Path, Pieces]]
 
 
 class LibraryFiles:
-    """The files that an import reads and the folders that it lists, kept in the file `path`;
-    another list for other `versions`, another Python and another folder of its packages. Only Linux
-    tells what is in its cache: elsewhere no list is kept."""
+    """The files that an import reads, of shared libraries the parts, and the folders that it lists,
+    kept in the file `path`; another list for other `versions`, another Python and another folder of
+    its packages. Only Linux tells what is in its cache: elsewhere no list is kept."""
 
     def __init__(self, path: Path, versions: Mapping[str, str]) -> None:
         self._path = path
@@ -50,17 +51,20 @@ class LibraryFiles:
             yield
 
     def _keep(self, opened: list[Path]) -> None:
-        paths = dict.fromkeys((*_shared_libraries(), *opened, *_modules()))
-        kept = {"versions": self._versions, "files": [str(path) for path in paths]}
         with contextlib.suppress(OSError):
+            files = _shared_libraries()
+            for path in (*opened, *_modules()):
+                files.setdefault(str(path), None)
+            kept = {"versions": self._versions, "files": files}
             replace_file(self._path, json.dumps(kept, indent=0).encode())
 
-    def _known(self) -> list[Path]:
-        """None where none were kept for these versions."""
+    def _known(self) -> Known:
+        """Nothing where none were kept for these versions."""
         try:
             kept = json.loads(self._path.read_text(encoding="utf-8"))
-            return [*map(Path, kept["files"])] if kept["versions"] == self._versions else []
-        except (OSError, ValueError, TypeError, KeyError):
+            files = kept["files"] if kept["versions"] == self._versions else {}
+            return [(Path(path), pieces) for path, pieces in files.items()]
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return []
 
 
@@ -106,24 +110,31 @@ def _modules() -> Iterator[Path]:
         yield from itertools.islice((file for file in files if file.is_file()), 1)
 
 
-def _shared_libraries() -> list[Path]:
-    """Those that are used for the most part."""
-    try:
-        maps = psutil.Process().memory_maps()
-    except (AttributeError, psutil.Error):  # macOS has none
-        return []
-    files = ((Path(each.path), each.rss) for each in maps)
-    return [file for file, used in files if file.is_file() and used >= USED * file.stat().st_size]
+def _shared_libraries() -> dict[str, Pieces]:
+    """Of each the pieces that this process has touched. Source: the kernel's pagemap.rst."""
+    found: dict[str, set[int]] = {}
+    with Path("/proc/self/maps").open() as maps, Path("/proc/self/pagemap").open("rb") as pages:
+        for line in maps:
+            addresses, _, offset, _, _, *names = line.rstrip("\n").split(maxsplit=5)
+            if not names or ".so" not in names[0]:
+                continue
+            start, end = (int(address, 16) // mmap.PAGESIZE for address in addresses.split("-"))
+            pages.seek(start * 8)
+            entries = array("Q", pages.read((end - start) * 8))
+            touched = (n * mmap.PAGESIZE for n, entry in enumerate(entries) if entry >> 63)
+            pieces = {(int(offset, 16) + at) // PIECE for at in touched}
+            found.setdefault(names[0], set()).update(pieces)
+    return {name: sorted(pieces) for name, pieces in found.items() if Path(name).is_file()}
 
 
-def _bring(known: Sequence[Path]) -> None:
-    if all(map(_seems_cached, known[::SAMPLE])):
+def _bring(known: Known) -> None:
+    if all(_seems_cached(path) for path, _ in known[::SAMPLE]):
         return
     ended = threading.Event()
 
-    def fetch(share: Sequence[Path]) -> None:
-        for path in share:
-            _fetch(path, ended)
+    def fetch(share: Known) -> None:
+        for path, pieces in share:
+            _fetch(path, pieces, ended)
 
     pool = ThreadPoolExecutor(READERS, thread_name_prefix="libraries")
     try:
@@ -142,7 +153,7 @@ def _seems_cached(path: Path) -> bool:
         return True
 
 
-def _fetch(path: Path, ended: threading.Event) -> None:
+def _fetch(path: Path, pieces: Pieces, ended: threading.Event) -> None:
     """A file, until it `ended`: the largest have a gigabyte. Or a folder: what an import asks of
     the files in it."""
     if ended.is_set():
@@ -154,9 +165,9 @@ def _fetch(path: Path, ended: threading.Event) -> None:
             return
         size = path.stat().st_size
         with path.open("rb", buffering=0) as file:
-            for start in range(0, size, PIECE):
-                end = min(start + PIECE, size)
-                if not is_cached(file.fileno(), end - 1):
+            for piece in range(-(-size // PIECE)) if pieces is None else pieces:
+                start, end = piece * PIECE, min((piece + 1) * PIECE, size)
+                if start < end and not is_cached(file.fileno(), end - 1):
                     file.seek(start)
                     file.read(end - start)
                 if ended.is_set():
