@@ -61,8 +61,9 @@ sys.path.append(sys.argv[2])
 with LibraryFiles(Path(sys.argv[1]), {"torch": "2.11"}).imported():
     import numpy
     import package
-    Path(sys.argv[1]).parent.mkdir()
-    (Path(sys.argv[1]).parent / "no library").write_text("x", encoding="utf-8")
+    beside = Path(package.__file__).parents[1] / "no library"
+    beside.write_text("x", encoding="utf-8")
+    beside.read_text(encoding="utf-8")
 """
     subprocess.run([sys.executable, "-c", code, str(path), str(package.parent)], check=True)
     start(LibraryFiles(path, VERSIONS))

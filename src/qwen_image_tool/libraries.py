@@ -11,6 +11,7 @@ import json
 import mmap
 import os
 import sys
+import sysconfig
 import threading
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
@@ -73,9 +74,9 @@ _listeners: list[dict[str, None]] = []  # what each has heard of, in its order
 
 @contextmanager
 def _opened() -> Iterator[list[Path]]:
-    """The files that Python opens in the block and the folders that it lists, of those that it
-    imports from: an import also reads what is no module, as transformers does with the source of
-    all its models. The list is filled when the block ends."""
+    """The files that Python opens in the block and the folders that it lists, of Python's own, of
+    the installed packages and of others that were imported: an import also reads what is no module,
+    as transformers does with the source of all its models. Filled when the block ends."""
     found: list[Path] = []
     heard: dict[str, None] = {}
     _listen()
@@ -83,10 +84,18 @@ def _opened() -> Iterator[list[Path]]:
     try:
         yield found
     finally:
-        _listeners.remove(heard)
-        folders = tuple(str(Path(folder) / "x")[:-1] for folder in sys.path if folder)
-        paths = (Path(name) for name in heard if name.startswith(folders))
-        found += (path for path in paths if path.exists())
+        _listeners[:] = (each for each in _listeners if each is not heard)
+        folders = *map(sysconfig.get_path, ("stdlib", "purelib", "platlib")), *_packages()
+        inside = tuple(f"{folder}{os.sep}" for folder in folders)
+        names = (name for name in list(heard) if f"{name}{os.sep}".startswith(inside))
+        found += (path for path in map(Path, names) if path.exists())
+
+
+def _packages() -> Iterator[str]:
+    """The folders of those that are imported."""
+    for name, module in list(sys.modules.items()):
+        if "." not in name:
+            yield from (str(folder) for folder in getattr(module, "__path__", ()))
 
 
 @functools.cache  # Python can't be told to forget a hook
