@@ -465,11 +465,15 @@ def test_a_pause_ends_a_stall(hub: LocalHub, tmp_path: Path) -> None:
     hub.faults = [Fault("stall", 99, 20_000, match=SHARD)]
     patient = Hub(hub.endpoint, local=True, stall_seconds=600)
     library = Library(CATALOG, tmp_path / "models", lambda: patient, None, QUICK)
-    control = Control()
-    with when(lambda: hub.holding, control.pause), pytest.raises(Paused):
+    control, partial = Control(), library.folder(T2I) / PRIVATE / "partial"
+
+    def stalled() -> bool:
+        return bool(hub.holding) and sum(_sizes(partial).values()) >= 20_000
+
+    with when(stalled, control.pause), pytest.raises(Paused):
         library.download(T2I, control=control)
     assert hub.holding, "the server has not given up"
-    assert sum(_sizes(library.folder(T2I) / PRIVATE / "partial").values()) >= 20_000
+    assert stalled()
 
 
 def test_bodies_without_a_length(hub: LocalHub, library: Library) -> None:

@@ -29,6 +29,7 @@ from qwen_image_tool.supervisor import Exit, WorkerProcess
         (1, "torch.OutOfMemoryError: CUDA out of memory.", 0, None, "gpu memory", "exit code 1"),
         (1, "CUDA error: an illegal memory access", 0, None, "GPU failed", "exit code 1"),
         (1, "DefaultCPUAllocator: can't allocate memory", 0, None, "memory", "exit code 1"),
+        (1, "SystemError: error return without exception set", 0, None, "memory", "exit code 1"),
         (1, "OSError: [Errno 28] No space left on device", 0, None, "disk full", "exit code 1"),
         (1, "PermissionError: [Errno 13]", 0, None, "not writable", "exit code 1"),
         (1, "The NVIDIA driver on your system is too old", 0, None, "old driver", "exit code"),

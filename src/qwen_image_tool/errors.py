@@ -130,6 +130,7 @@ _SAID: tuple[tuple[str, TroubleKind], ...] = (
     (r"MPS backend out of memory|ERROR_OUT_OF_DEVICE_MEMORY", "gpu memory"),  # Apple's; Intel's
     (r"could not create a primitive$|can't start new thread", "memory"),  # oneDNN's; Python's
     (r"MemoryError|DefaultCPUAllocator|[Cc]annot allocate memory|std::bad_alloc", "memory"),
+    (r"SystemError: error return without exception set", "memory"),  # Python's, in a hook
     (r"NVIDIA driver on your system is too old|driver version is insufficient", "old driver"),
     (r"Torch not compiled with CUDA enabled|no kernel image is available", "torch without GPU"),
     (r"torch was built without support for", "torch without GPU"),
