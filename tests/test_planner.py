@@ -10,9 +10,10 @@ from qwen_image_tool.catalog import load_catalog
 from qwen_image_tool.catalog.costs import card, load_costs
 from qwen_image_tool.device import invented
 from qwen_image_tool.errors import BadRequest, CannotRun
+from qwen_image_tool.needs import Needs, Way
 from qwen_image_tool.planner import GIB
 from qwen_image_tool.store import Installed, as_published, blocks_of, text_layers_of
-from qwen_image_tool.types import Device, Plan, Rates, Request, Size
+from qwen_image_tool.types import Device, Placement, Plan, Rates, Request, Size
 
 CATALOG = load_catalog()
 FULL = as_published(CATALOG.find("qwen-image"))
@@ -361,6 +362,33 @@ def test_seconds_are_near_those_of_an_h100(
     assert found.compiled == compiled
     [drawing] = [need for need in found.phases if need.phase == "denoise"]
     assert drawing.seconds == pytest.approx(20 * seconds, rel=0.15)
+
+
+# An H100, docs/benchmarks.md: seconds of a decode in strips over that of the whole frame
+IN_STRIPS = [
+    (FULL, 1328, 2, 1.06),
+    (FULL, 2048, 4, 1.10),
+    (FULL, 2048, 6, 1.11),
+    (NEW, 1024, 4, 1.11),
+]
+
+
+@pytest.mark.parametrize(("installed", "side", "strips", "ratio"), IN_STRIPS)
+def test_strips_take_little_more_time_as_on_an_h100(
+    installed: Installed, side: int, strips: int, ratio: float
+) -> None:
+    request = Request(model="qwen-image", prompt="x", seed=1, size=Size(side, side))
+    on = device("cuda", 128, 78, rates=card("h100").rates)
+    needs = Needs(installed.model.resolve(request, 1), installed, on)
+    everything = Placement(blocks=installed.blocks.count, resident=installed.blocks.count)
+    text = Placement(blocks=installed.text_layers.count, resident=installed.text_layers.count)
+    whole, parts = (
+        needs.phases(Way("cuda", "bfloat16", everything, text, strips=count))[-1].seconds
+        for count in (1, strips)
+    )
+    assert whole
+    assert parts
+    assert parts / whole == pytest.approx(ratio, rel=0.06)
 
 
 def test_hours_on_the_cpu_are_said() -> None:

@@ -18,7 +18,6 @@ LEADING_TOKENS = 34  # which the text encoder does see
 BYTES_PER_TOKEN = 3  # of a prompt in UTF-8: fewer than in most languages, so more tokens than most
 PIXEL_RAM = 32  # bytes a pixel, from the decoder's numbers to a PNG
 PASSING = 2  # buffers that weights pass through on their way to where they stay
-REACH_PIXELS = 60  # rows that it computes more on each side, over all sizes
 # What a device computes in the time of one byte from its memory, where that was not measured
 CPU_FLOP_PER_BYTE, GPU_FLOP_PER_BYTE = 20, 250
 
@@ -245,8 +244,9 @@ class Needs:
         rates = self._rates(way)
         if not rates.matmul:
             return None
-        family, height = self._family, self.working.height
-        again = 1 + (2 * REACH_PIXELS * (way.strips - 1)) / height
+        family, stage = self._family, DECODINGS[self.installed.model.family].stage(way.strips)
+        # Rows beside a seam are worked for both of its strips
+        again = 1 + 2 * stage.margin * (way.strips - 1) / self.working.height
         # A smaller VAE has narrower layers: products go by the square of the width, traffic by it
         share = self.installed.vae_parameters / family.vae_parameters
         products = share * family.decode_flop / rates.matmul
