@@ -76,7 +76,11 @@ def test_a_byte_order_mark_and_chinese_are_read(home: Path) -> None:
     ("content", "words"),
     [
         (b"outptu = 'x'\n", ["'outptu'", "output, models, other_models, source"]),
-        (b"output = 7\n", ["output", "7"]),
+        (b"output = 7\n", ["output is 7. It has to be a folder."]),
+        (b"idle_seconds = 0\n", ["idle_seconds is 0. Use more than 0."]),
+        (b"idle_seconds = 'x'\n", ["idle_seconds is 'x'. It has to be a number."]),
+        (b"lan = 'maybe'\n", ["lan is 'maybe'. It has to be true or false."]),
+        (b"source = 'x'\n", ["source is 'x'. Choose huggingface or modelscope."]),
         (b"home = '/x'\n", ["'home'"]),
         (b'output = "D:\\pictures"\n', ["single quotes"]),
         (b"output\n", ["can't be read"]),
@@ -110,11 +114,17 @@ def test_what_is_saved_is_read_and_the_rest_stays(home: Path) -> None:
 
 
 def test_nothing_broken_is_saved(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(BadRequest, match="idle_seconds is -1"):
+    with pytest.raises(BadRequest, match=r'The setting "Idle seconds" is -1. Use more than 0.'):
         save_settings({"idle_seconds": -1, "lan": True})
     assert not config_path().exists()
     monkeypatch.setenv("QIT_SOURCE", "modelscope")
     assert origin("source") == "environment"
+
+
+def test_a_broken_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QIT_LAN", "maybe")
+    with pytest.raises(BadRequest, match=r"^QIT_LAN is 'maybe'. It has to be true or false.$"):
+        load_settings()
 
 
 def test_a_config_file_that_can_not_be_written_is_named(

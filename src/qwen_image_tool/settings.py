@@ -7,7 +7,7 @@ QIT_HOME puts everything but the pictures under one folder; tests always set it.
 
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from pydantic_settings import (
 
 from qwen_image_tool.errors import BadRequest
 from qwen_image_tool.files import replace_file
+from qwen_image_tool.types import wrong_field
 
 APP = "QwenImage"
 ENV_PREFIX = "QIT_"
@@ -167,7 +168,7 @@ def save_settings(changes: Mapping[str, object]) -> None:
     try:
         Settings(**{name: value for name, value in changes.items() if value is not None})  # type: ignore[arg-type]
     except ValidationError as error:
-        raise _broken_setting(error) from error
+        raise _broken_setting(error, changes) from error
     document = _written()
     for name, value in changes.items():
         if value is None:
@@ -191,12 +192,19 @@ def _write(document: tomlkit.TOMLDocument) -> None:
         raise BadRequest(f"{path} can't be written: {error}.", "Allow writing to it.") from error
 
 
-def _broken_setting(error: ValidationError) -> BadRequest:
+def _broken_setting(error: ValidationError, changes: Collection[str] = ()) -> BadRequest:
+    """Named by its title where it is one of `changes`, else by where it is written."""
     first = error.errors()[0]
     key = str(first["loc"][0])
+    if key in changes and key in Settings.model_fields:
+        return wrong_field(first, _titled(key))
     known = ", ".join(Settings.model_fields)
     if first["type"] == "extra_forbidden":
         return BadRequest(f"{config_path()}: there is no setting {key!r}.", f"There are: {known}.")
     variable = ENV_PREFIX + key.upper()
     where = variable if os.environ.get(variable) else f"{config_path()}: {key}"
-    return BadRequest(f"{where} is {first['input']!r}.", f"{first['msg']}.")
+    return wrong_field(first, where)
+
+
+def _titled(name: str) -> str:
+    return f'The setting "{Settings.model_fields[name].title or name}"'
