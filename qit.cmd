@@ -8,6 +8,9 @@ set "PYTHONUTF8=1"
 set "ROOT=%~dp0"
 set "STAMP=ready"
 set "OPTION="
+for %%c in (setup check fix) do if "%~1"=="%%c" goto help
+
+:begin
 for %%c in (test check fix) do if "%~1"=="%%c" set "STAMP=ready-dev" & set "OPTION=--dev"
 if "%~1"=="setup" set "OPTION=--again" & goto set_up
 call :ready && goto start
@@ -26,6 +29,11 @@ exit /b
 :dev
 "%ROOT%.venv\Scripts\python.exe" "%ROOT%scripts\dev.py" %*
 exit /b
+
+rem Down here, because elsewhere the second argument may be a sentence, whose signs cmd would obey
+:help
+for %%h in (-h --help) do if "%~2"=="%%h" type "%ROOT%scripts\help.txt" & exit /b 0
+goto begin
 
 :ready
 if not exist "%ROOT%.venv\Scripts\qit.exe" exit /b 1

@@ -71,6 +71,62 @@ def test_what_cannot_be_done_is_refused_with_a_sentence(
     assert word in answer.json()["error"]["message"] + answer.json()["error"]["hint"]
 
 
+@pytest.mark.parametrize(
+    ("sent", "said"),
+    [
+        ({"json": {"prompt": "x"}}, "model is missing. Give it."),
+        ({"json": {"model": None}}, "model is empty. It has to be text."),
+        ({"json": {"model": "m", "steps": "few"}}, "steps is 'few'. It has to be a whole number."),
+        ({"json": {"model": "m", "steps": 0}}, "steps is 0. Use 1 or more."),
+        ({"json": {"model": "m", "cfg": "x"}}, "cfg is 'x'. It has to be a number."),
+        ({"json": {"model": "m", "seed": 2**63}}, f"seed is {2**63}. Use {2**63 - 1} or less."),
+        (
+            {"json": {"model": "m", "size": "big"}},
+            "size is 'big'. Write it as WIDTHxHEIGHT: 1024x768.",
+        ),
+        ({"json": {"model": "m", "mode": "fast"}}, "mode is 'fast'. Choose default or exact."),
+        ({"json": {"model": "m", "colour": 1}}, "colour is not a field here. Leave it out."),
+        (
+            {"content": b'{"model": "m", "\\ud800": 1}'},
+            "A field is '\\ud800'. It has to be text of",
+        ),
+        ({"json": [1]}, "The body is no JSON object. Send one,"),
+        ({"content": b"a=1", "headers": {"content-type": "text/plain"}}, "The body is no JSON obj"),
+        ({"params": {"anyway": "x"}, "json": {"model": "m"}}, "anyway is 'x'. It has to be true"),
+    ],
+)
+def test_a_wrong_field_is_told_in_our_words(live: Live, sent: dict[str, Any], said: str) -> None:
+    sent = {"headers": {"content-type": "application/json"}} | sent
+    answer = live.http.post("/api/jobs", **sent)
+    assert answer.status_code == 422
+    assert answer.json()["detail"].startswith(said)
+
+
+def test_wrong_fields_of_other_routes_are_told_in_our_words(live: Live) -> None:
+    def said(method: str, path: str, **sent: Any) -> str:
+        answer = live.http.request(method, path, **sent)
+        assert answer.status_code == 422, answer.text
+        return str(answer.json()["detail"])
+
+    many = {"ids": ["a"] * 1001}
+    shapes = said("GET", "/api/gallery?shape=odd")
+    assert shapes == "shape is 'odd'. Choose square, wide or tall."
+    assert said("GET", "/api/jobs?limit=0") == "limit is 0. Use 1 or more."
+    assert said("GET", "/api/jobs?limit=") == "limit is empty. It has to be a whole number."
+    assert said("POST", "/api/gallery/delete", json=many) == (
+        "ids has 1001 entries. Use 1000 or less."
+    )
+    assert said("POST", "/api/gallery/delete", json={"ids": 1}) == (
+        "ids is 1. It has to be a list."
+    )
+    assert said("POST", "/api/gallery/inspect", data={"picture": "x"}) == (
+        "picture is no file. Send it as multipart/form-data."
+    )
+    assert said("POST", "/sdapi/v1/txt2img", json={"override_settings": "x"}) == (
+        "override_settings is 'x'. It has to be an object."
+    )
+
+
 def test_the_size_error_says_the_nearest(live: Live) -> None:
     body = {"model": "practice", "prompt": "x", "size": "9x9"}
     error = live.http.post("/api/jobs", json=body).json()["error"]

@@ -245,7 +245,7 @@ BAD = [
     (["generate", "x", "--seed", "-1"], "The seed is -1"),
     (["generate", "x", "--seed", str(2**63)], f"Use {2**63 - 1} or less"),
     (["generate", "x", "--n", "0"], "The number of pictures is 0"),
-    (["generate", "x", "--mode", "magic"], "There is no mode 'magic'. Choose default or exact."),
+    (["generate", "x", "--mode", "magic"], "mode is 'magic'. Choose default or exact."),
     (["generate", "x", "--ram", "much"], "Write it like 8GiB"),
     (["plan", "--ram", "8GiB"], "only the RAM is given"),
     (["plan", "--vram", "8GiB"], "only the card is given"),

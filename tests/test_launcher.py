@@ -1,6 +1,7 @@
 """`./qit` with a uv that only writes down what it is asked: set-up, stamp and start."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import pytest
 import set_up
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+COMMANDS = ("setup", "check", "fix")  # that the launchers' own help is printed for
+OPTIONS = ("-h", "--help")
 TOOLS = ("sh", "cat", "cmp", "dirname", "grep", "mkdir", "readlink", "rm")
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="qit.cmd is the launcher there")
@@ -65,7 +68,7 @@ class Project:
 def project(tmp_path: Path) -> Project:
     root = tmp_path / "a folder 中文"
     (root / "scripts").mkdir(parents=True)
-    for name in ("qit", "scripts/set_up.py", "scripts/install_torch.py"):
+    for name in ("qit", "scripts/set_up.py", "scripts/install_torch.py", "scripts/help.txt"):
         shutil.copy(REPOSITORY / name, root / name)
     (root / "uv.lock").write_text("locked\n")
     (root / "pyproject.toml").write_text('version = "1"\n')
@@ -151,6 +154,26 @@ def test_setup_always_sets_up_and_starts_nothing(project: Project) -> None:
     project.run()
     assert project.run("setup")[:2] == (0, "")
     assert len(project.syncs()) == 2
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_help_is_printed_and_nothing_else_done(project: Project, command: str, option: str) -> None:
+    code, out, err = project.run(command, option, UV="/nonexistent")
+    assert (code, err) == (0, "")
+    assert out == (REPOSITORY / "scripts" / "help.txt").read_text()
+    assert f"./qit {command} " in out
+    assert not project.syncs()
+
+
+def test_the_launchers_print_the_same_help_for_the_same_words() -> None:
+    ours, windows = ((REPOSITORY / name).read_text() for name in ("qit", "qit.cmd"))
+    asked = re.findall(r"'(\w+) (--?\w+)'", ours)
+    assert asked == [(command, option) for command in COMMANDS for option in OPTIONS]
+    assert f"for %%c in ({' '.join(COMMANDS)}) do" in windows
+    assert f"for %%h in ({' '.join(OPTIONS)}) do" in windows
+    assert "scripts/help.txt" in ours
+    assert "scripts\\help.txt" in windows
 
 
 def test_a_mirror_of_pip_is_used(project: Project) -> None:

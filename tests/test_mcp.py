@@ -84,6 +84,9 @@ def test_generate(live: Live) -> None:
         ({"prompt": "x", "size": "9x9"}, "Nearest"),
         ({"prompt": "x", "model": "unicorn"}, "no model"),
         ({"prompt": "fail broken picture"}, "Do something"),
+        ({}, "prompt is missing. Give it."),
+        ({"prompt": "x", "steps": "few"}, "steps is 'few'. It has to be a whole number."),
+        ({"prompt": "x", "images": 0}, "images is 0. Use 1 or more."),
     ],
 )
 def test_refusals_are_told_to_the_model(live: Live, arguments: dict[str, Any], word: str) -> None:
@@ -93,6 +96,7 @@ def test_refusals_are_told_to_the_model(live: Live, arguments: dict[str, Any], w
     answer = over_http(live, call)
     assert answer.is_error
     assert word in answer.content[0].text
+    assert "pydantic" not in answer.content[0].text
 
 
 def test_models(live: Live) -> None:

@@ -174,6 +174,7 @@ def test_what_cannot_be_honoured_is_refused_with_a_code(
     with pytest.raises(openai.BadRequestError) as caught:
         client.images.generate(**body)
     assert (caught.value.code, caught.value.param) == (code, param)
+    assert "Input" not in caught.value.message
 
 
 def test_failures_are_server_errors(client: openai.OpenAI) -> None:

@@ -1,6 +1,7 @@
 """Settings: environment, else config file, else default; errors name the file and the key."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,11 @@ def test_a_byte_order_mark_and_chinese_are_read(home: Path) -> None:
     ("content", "words"),
     [
         (b"outptu = 'x'\n", ["'outptu'", "output, models, other_models, source"]),
-        (b"output = 7\n", ["output", "7"]),
+        (b"output = 7\n", ["output is 7. It has to be a folder."]),
+        (b"idle_seconds = 0\n", ["idle_seconds is 0. Use more than 0."]),
+        (b"idle_seconds = 'x'\n", ["idle_seconds is 'x'. It has to be a number."]),
+        (b"lan = 'maybe'\n", ["lan is 'maybe'. It has to be true or false."]),
+        (b"source = 'x'\n", ["source is 'x'. Choose huggingface or modelscope."]),
         (b"home = '/x'\n", ["'home'"]),
         (b'output = "D:\\pictures"\n', ["single quotes"]),
         (b"output\n", ["can't be read"]),
@@ -99,9 +104,10 @@ def test_settings_are_frozen() -> None:
 
 def test_what_is_saved_is_read_and_the_rest_stays(home: Path) -> None:
     config_path().write_text("# my own words\nsource = 'modelscope'  # faster here\n", "utf-8")
-    save_settings({"models": Path("/srv/models"), "idle_seconds": 5.0, "lan": True})
+    save_settings({"models": home / "new" / "models", "idle_seconds": 5.0, "lan": True})
     found = load_settings()
-    assert (found.models, found.idle_seconds, found.lan) == (Path("/srv/models"), 5.0, True)
+    assert (found.models, found.idle_seconds, found.lan) == (home / "new" / "models", 5.0, True)
+    assert not (home / "new").exists()  # it is made when it is needed
     assert "# my own words\nsource = 'modelscope'  # faster here\n" in config_path().read_text()
     save_settings({"models": None, "lan": None, "output": None})
     assert load_settings().models == home / "models"
@@ -110,11 +116,50 @@ def test_what_is_saved_is_read_and_the_rest_stays(home: Path) -> None:
 
 
 def test_nothing_broken_is_saved(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(BadRequest, match="idle_seconds is -1"):
+    with pytest.raises(BadRequest, match=r'The setting "Idle seconds" is -1. Use more than 0.'):
         save_settings({"idle_seconds": -1, "lan": True})
     assert not config_path().exists()
     monkeypatch.setenv("QIT_SOURCE", "modelscope")
     assert origin("source") == "environment"
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("{home}/file", "can't be {home}/file, because {home}/file is a file."),
+        ("{home}/file/a/b", "can't be {home}/file/a/b, because {home}/file is a file."),
+        ("{home}/a/" + LONG, "can't be {home}/a/" + LONG + ": "),
+        ("{home}/a\0b", "can't be {home}/a"),
+        ("~nobody-of-this-name/x", "can't be ~nobody-of-this-name/x: "),
+        ("/proc/pictures", "can't be /proc/pictures: "),
+    ],
+)
+def test_a_folder_that_can_not_be_used_is_not_saved(home: Path, given: str, said: str) -> None:
+    if given.startswith("/proc") and sys.platform != "linux":
+        pytest.skip("there is no folder that nobody can write")
+    (home / "file").write_text("")
+    with pytest.raises(BadRequest) as caught:
+        save_settings({"output": given.format(home=home), "lan": True})
+    assert f'The setting "Picture folder" {said.format(home=home)}' in caught.value.message
+    assert caught.value.hint.startswith("Choose another folder")
+    assert [each.name for each in home.iterdir()] == ["file"]
+
+
+def test_a_folder_is_saved_as_it_was_given(home: Path, tmp_path: Path) -> None:
+    save_settings({"output": "pictures of mine"})
+    assert load_settings().output == tmp_path / "pictures of mine"
+    (home / "here").mkdir()
+    save_settings({"models": str(home / "here")})
+    assert list((home / "here").iterdir()) == []
+
+
+def test_a_broken_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QIT_LAN", "maybe")
+    with pytest.raises(BadRequest, match=r"^QIT_LAN is 'maybe'. It has to be true or false.$"):
+        load_settings()
 
 
 def test_a_config_file_that_can_not_be_written_is_named(

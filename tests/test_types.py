@@ -79,8 +79,10 @@ def test_defaults_are_left_out() -> None:
 def test_values_are_frozen_and_refuse_unknown_fields() -> None:
     with pytest.raises(ValidationError):
         REQUEST.steps = 3  # type: ignore[misc]
-    with pytest.raises(BadRequest, match="colour is not a field"):
+    with pytest.raises(BadRequest, match=r"colour is not a field here. Leave it out."):
         Request.from_user(model="practice", colour="red")
+    with pytest.raises(BadRequest, match=r"model is missing. Give it."):
+        Request.from_user(prompt="a cat")
 
 
 @pytest.mark.parametrize(
@@ -93,8 +95,15 @@ def test_values_are_frozen_and_refuse_unknown_fields() -> None:
         ("seed", -1, "The seed is -1. Use 0 or more."),
         ("seed", MAX_SEED + 1, f"Use {MAX_SEED} or less."),
         ("images", 0, "The number of pictures is 0. Use 1 or more."),
-        ("size", "12", "size"),
-        ("size", "0x64", "size"),
+        ("steps", "few", "The number of steps is 'few'. It has to be a whole number."),
+        ("steps", 2.5, "The number of steps is 2.5. It has to be a whole number."),
+        ("truncate", "maybe", "truncate is 'maybe'. It has to be true or false."),
+        ("prompt", 7, "The prompt is 7. It has to be text."),
+        ("prompt", "x" * 100_001, "The prompt has 100001 characters. Use 100000 or less."),
+        ("model", "", "model is empty. Use 1 or more characters."),
+        ("mode", "m" * 99, f"mode is '{'m' * 39} ... {'m' * 39}'. Choose default"),
+        ("size", "12", "size is '12'. Write it as WIDTHxHEIGHT: 1024x768."),
+        ("size", "0x64", "size is '0x64'. Write it as WIDTHxHEIGHT: 1024x768."),
     ],
 )
 def test_a_value_out_of_range_is_named(field: str, value: object, message: str) -> None:
@@ -102,6 +111,7 @@ def test_a_value_out_of_range_is_named(field: str, value: object, message: str) 
         Request.from_user(**{"model": "practice", "prompt": "x", field: value})
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert "Input" not in str(caught.value)
 
 
 def test_seeds_follow_each_other_and_wrap() -> None:

@@ -19,7 +19,7 @@ from qwen_image_tool.errors import TROUBLES, ToolError
 from qwen_image_tool.planner import plans
 from qwen_image_tool.settings import Settings
 from qwen_image_tool.store import as_published
-from qwen_image_tool.types import Device, Rates, Request, Size
+from qwen_image_tool.types import KINDS, LIMITS, Device, Rates, Request, Size
 from qwen_image_tool.ui.kit import sentence
 from qwen_image_tool.ui.words import load_words
 
@@ -113,6 +113,12 @@ def filled(node: ast.expr) -> str:
         case ast.BinOp(left, ast.Add(), right):
             return filled(left) + filled(right)
     return ""
+
+
+def test_what_a_field_may_be_is_said_in_chinese() -> None:
+    zh = load_words("zh")
+    for text in (*KINDS.values(), *LIMITS.values()):
+        assert chinese(zh.known(text.format(7))), text
 
 
 def test_what_is_declared_is_said_in_chinese() -> None:

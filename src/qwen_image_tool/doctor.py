@@ -12,7 +12,7 @@ from typing import Any, Literal
 from qwen_image_tool.catalog import DEFAULT_MODEL, load_catalog
 from qwen_image_tool.device import NvidiaCard, TorchFacts, memory, nvidia_card
 from qwen_image_tool.errors import ToolError
-from qwen_image_tool.gallery import try_writing
+from qwen_image_tool.files import try_writing
 from qwen_image_tool.settings import Settings
 from qwen_image_tool.store import locate
 from qwen_image_tool.types import Value

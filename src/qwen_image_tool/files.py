@@ -1,11 +1,12 @@
-"""Small files that are replaced whole; what a read tells of the disk."""
+"""Small files that are replaced whole; can a folder be written; what a read tells of the disk."""
 
 import os
 import secrets
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ENOUGH = 1 << 30  # bytes; the rate of less says little of a disk
@@ -28,6 +29,25 @@ def replace_file(path: Path, data: bytes, private: bool = False) -> None:
     except BaseException:
         new.unlink(missing_ok=True)
         raise
+
+
+def try_writing(folder: Path) -> None:
+    """Write a byte into a temporary file of an existing folder. Raises OSError."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(b"\0")
+
+
+def try_making(folder: Path) -> None:
+    """Make a folder that need not exist, and write into it; nothing of that stays.
+    Raises OSError."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try_writing(folder)
+    finally:
+        for made in missing:
+            with suppress(OSError):  # never made, or somebody else put something into it
+                made.rmdir()
 
 
 def is_cached(file: int, start: int) -> bool:

@@ -7,7 +7,7 @@ QIT_HOME puts everything but the pictures under one folder; tests always set it.
 
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,8 @@ from pydantic_settings import (
 )
 
 from qwen_image_tool.errors import BadRequest
-from qwen_image_tool.files import replace_file
+from qwen_image_tool.files import replace_file, try_making
+from qwen_image_tool.types import wrong_field
 
 APP = "QwenImage"
 ENV_PREFIX = "QIT_"
@@ -162,12 +163,16 @@ def origin(name: str) -> Literal["environment", "file", "default"]:
 
 def save_settings(changes: Mapping[str, object]) -> None:
     """Write settings into the config file; None goes back to the default. What else is there stays,
-    comments too. Raises BadRequest where one is broken, or the file can't be written.
+    comments too. Raises BadRequest where one is broken, a folder can't be used, or the file can't
+    be written.
     """
     try:
-        Settings(**{name: value for name, value in changes.items() if value is not None})  # type: ignore[arg-type]
+        wanted = Settings(**{name: value for name, value in changes.items() if value is not None})  # type: ignore[arg-type]
     except ValidationError as error:
-        raise _broken_setting(error) from error
+        raise _broken_setting(error, changes) from error
+    for name, value in wanted:
+        if isinstance(value, Path) and changes.get(name) is not None:
+            _check_folder(name, value)
     document = _written()
     for name, value in changes.items():
         if value is None:
@@ -175,6 +180,26 @@ def save_settings(changes: Mapping[str, object]) -> None:
         else:
             document[name] = str(value) if isinstance(value, Path) else value
     _write(document)
+
+
+def _check_folder(name: str, given: Path) -> None:
+    """Raises BadRequest where nothing could be saved there. The folder need not exist, and is not
+    made."""
+    title, folder = Settings.model_fields[name].title or name, given
+    try:
+        folder = given.expanduser().absolute()
+        if file := next((each for each in (folder, *folder.parents) if each.is_file()), None):
+            raise BadRequest(
+                f'The setting "{title}" can\'t be {folder}, because {file} is a file.',
+                "Choose another folder.",
+            )
+        try_making(folder)
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: ~name of an unknown user
+        why = getattr(error, "strerror", None) or str(error).rstrip(".")
+        raise BadRequest(
+            f'The setting "{title}" can\'t be {folder}: {why}.',
+            "Choose another folder, or allow writing to this one.",
+        ) from error
 
 
 def _written() -> tomlkit.TOMLDocument:
@@ -191,12 +216,19 @@ def _write(document: tomlkit.TOMLDocument) -> None:
         raise BadRequest(f"{path} can't be written: {error}.", "Allow writing to it.") from error
 
 
-def _broken_setting(error: ValidationError) -> BadRequest:
+def _broken_setting(error: ValidationError, changes: Collection[str] = ()) -> BadRequest:
+    """Named by its title where it is one of `changes`, else by where it is written."""
     first = error.errors()[0]
     key = str(first["loc"][0])
+    if key in changes and key in Settings.model_fields:
+        return wrong_field(first, _titled(key))
     known = ", ".join(Settings.model_fields)
     if first["type"] == "extra_forbidden":
         return BadRequest(f"{config_path()}: there is no setting {key!r}.", f"There are: {known}.")
     variable = ENV_PREFIX + key.upper()
     where = variable if os.environ.get(variable) else f"{config_path()}: {key}"
-    return BadRequest(f"{where} is {first['input']!r}.", f"{first['msg']}.")
+    return wrong_field(first, where)
+
+
+def _titled(name: str) -> str:
+    return f'The setting "{Settings.model_fields[name].title or name}"'

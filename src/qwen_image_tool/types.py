@@ -5,6 +5,7 @@ Frozen values with an exact JSON round trip; fields at their default are left ou
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
@@ -55,7 +56,9 @@ class Size:
         return core_schema.json_or_python_schema(
             json_schema=from_text,
             python_schema=core_schema.union_schema(
-                [core_schema.is_instance_schema(cls), from_text]
+                [core_schema.is_instance_schema(cls), from_text],
+                custom_error_type="size",
+                custom_error_message="Write it as WIDTHxHEIGHT",
             ),
             serialization=core_schema.to_string_ser_schema(),
         )
@@ -405,27 +408,73 @@ class Result(Value):
     versions: dict[str, str]
 
 
-NUMBERS = {
+NAMES = {
+    "prompt": "The prompt",
+    "negative_prompt": "The negative prompt",
     "steps": "The number of steps",
     "cfg": "The CFG scale",
     "images": "The number of pictures",
     "seed": "The seed",
 }
+SHOWN = 80  # characters of a wrong value, at most
+# pydantic's kinds of error, or their first words -> what is allowed
+KINDS = {
+    "int": "It has to be a whole number.",
+    "float": "It has to be a number.",
+    "finite": "It has to be a number.",
+    "bool": "It has to be true or false.",
+    "string_unicode": "It has to be text of valid unicode characters.",
+    "string": "It has to be text.",
+    "path": "It has to be a folder.",
+    "list": "It has to be a list.",
+    "dict": "It has to be an object.",
+    "size": "Write it as WIDTHxHEIGHT: 1024x768.",
+}
+LIMITS = {
+    "ge": "Use {} or more.",
+    "gt": "Use more than {}.",
+    "le": "Use {} or less.",
+    "lt": "Use less than {}.",
+    "min_length": "Use {} or more characters.",
+}
+
+
+def wrong_field(found: Mapping[str, Any], name: str) -> BadRequest:
+    """What is wrong with a field and what is allowed, by pydantic's details of one error. `name`:
+    what the field is called where it was given."""
+    kind, given, limits = found["type"], found["input"], found.get("ctx", {})
+    if kind == "missing":
+        return BadRequest(f"{name} is missing.", "Give it.")
+    if kind == "extra_forbidden":
+        return BadRequest(f"{name} is not a field here.", "Leave it out.")
+    if "max_length" in limits:
+        most = f"Use {limits['max_length']} or less."
+        if isinstance(given, str):
+            return BadRequest(f"{name} has {len(given)} characters.", most)
+        return BadRequest(f"{name} has {len(given)} entries.", most)
+    if given in ("", None):
+        return BadRequest(f"{name} is empty.", _allowed(found))
+    shown = str(given) if limits.keys() & LIMITS.keys() else repr(given)
+    if len(shown) > SHOWN:
+        shown = f"{shown[: SHOWN // 2]} ... {shown[-SHOWN // 2 :]}"
+    return BadRequest(f"{name} is {shown}.", _allowed(found))
+
+
+def _allowed(found: Mapping[str, Any]) -> str:
+    kind, limits = found["type"], found.get("ctx", {})
+    if kind == "literal_error":
+        choices = limits["expected"].removeprefix("'', ").replace("'", "")
+        return f"Choose {choices}."
+    for name, words in LIMITS.items():
+        if name in limits:
+            limit = limits[name]
+            # Seeds keep all their digits
+            return words.format(limit if isinstance(limit, int) else f"{limit:g}")
+    known = KINDS.get(kind) or KINDS.get(kind.partition("_")[0])
+    return known or f"{found['msg'].removeprefix('Value error, ')}."
 
 
 def _bad_request(error: ValidationError) -> BadRequest:
     first = error.errors()[0]
     field = ".".join(str(part) for part in first["loc"]) or "request"
-    limits, number = first.get("ctx", {}), NUMBERS.get(field, field)
-    if "ge" in limits:
-        return BadRequest(f"{number} is {first['input']}.", f"Use {limits['ge']:g} or more.")
-    if "le" in limits:
-        most = limits["le"]
-        most = most if isinstance(most, int) else f"{most:g}"  # seeds keep all their digits
-        return BadRequest(f"{number} is {first['input']}.", f"Use {most} or less.")
-    if first["type"] == "extra_forbidden":
-        return BadRequest(f"{field} is not a field of a {error.title.lower()}.", "Leave it out.")
-    if first["type"] == "literal_error":
-        choices = limits["expected"].replace("'", "")
-        return BadRequest(f"There is no {field} {first['input']!r}.", f"Choose {choices}.")
-    return BadRequest(f"{field} {first['input']!r} can't be used:", f"{first['msg']}.")
+    return wrong_field(first, NAMES.get(field, field))

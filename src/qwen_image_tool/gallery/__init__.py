@@ -15,7 +15,6 @@ import json
 import os
 import shutil
 import struct
-import tempfile
 import time
 import zlib
 from collections.abc import Iterator, Mapping
@@ -28,6 +27,7 @@ from pydantic_core import from_json
 
 from qwen_image_tool import __version__
 from qwen_image_tool.errors import NotOurPicture, OutputNotWritable
+from qwen_image_tool.files import try_writing
 from qwen_image_tool.types import Plan, Request, Size, Value
 
 if TYPE_CHECKING:
@@ -74,12 +74,6 @@ def check_output(folder: Path, need_bytes: int) -> str:
             trouble="disk full",
         )
     return f"Created the output folder {folder}." if created else ""
-
-
-def try_writing(folder: Path) -> None:
-    """Write a byte into a temporary file of an existing folder. Raises OSError."""
-    with tempfile.TemporaryFile(dir=folder) as file:
-        file.write(b"\0")
 
 
 def save_image(

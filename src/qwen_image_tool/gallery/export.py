@@ -120,7 +120,7 @@ def decode_upload(data: bytes, max_pixels: int = MAX_PIXELS) -> "Image":
         image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BadRequest(
-            f"The picture can't be read: {error}.", "Send a whole PNG, JPEG or WebP file."
+            "The picture can't be read.", "Send a whole PNG, JPEG or WebP file."
         ) from error
     return image
 

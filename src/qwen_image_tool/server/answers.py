@@ -22,7 +22,7 @@ from qwen_image_tool.errors import (
 )
 from qwen_image_tool.server.gate import TooManyTries
 from qwen_image_tool.server.hub import Ending
-from qwen_image_tool.types import Failure
+from qwen_image_tool.types import Failure, wrong_field
 
 if TYPE_CHECKING:
     from fastapi import FastAPI, Request
@@ -135,8 +135,18 @@ def _first(error: RequestValidationError) -> NotSupported:
     if first["type"] == "json_invalid":
         return NotSupported(f"The body is no JSON: {first['ctx']['error']}.", code="invalid_json")
     field = ".".join(str(part) for part in first["loc"][1:])
-    if first["type"] == "extra_forbidden":
-        return NotSupported(f"There is no parameter {field!r} here.", field, "unknown_parameter")
-    wrong = NotSupported(f"{field or 'The request'}: {first['msg']}.", field, "invalid_value")
-    wrong.hint = ""
+    code = "unknown_parameter" if first["type"] == "extra_forbidden" else "invalid_value"
+    said = _told(first, field)
+    wrong = NotSupported(said.message, field, code)
+    wrong.hint = said.hint
     return wrong
+
+
+def _told(first: dict[str, Any], field: str) -> BadRequest:
+    if "Expected UploadFile" in first["msg"]:
+        return BadRequest(f"{field} is no file.", "Send it as multipart/form-data.")
+    if field or first["type"] == "string_unicode":
+        return wrong_field(first, field or "A field")
+    return BadRequest(
+        "The body is no JSON object.", "Send one, with the header content-type: application/json."
+    )

@@ -5,7 +5,7 @@ import contextlib
 import io
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from qwen_image_tool import __version__
 from qwen_image_tool.errors import ToolError
@@ -14,7 +14,7 @@ from qwen_image_tool.server.api import by_id
 from qwen_image_tool.server.hub import Hub
 from qwen_image_tool.server.openai import cancelled_with, find, raise_failure
 from qwen_image_tool.service import Service
-from qwen_image_tool.types import MAX_PROMPT, Request, Size
+from qwen_image_tool.types import MAX_PROMPT, Request, Size, wrong_field
 
 if TYPE_CHECKING:
     from mcp.server.mcpserver import MCPServer
@@ -35,14 +35,10 @@ Count = Annotated[int, Field(ge=1, le=10, description="How many pictures")]
 
 def tools(service: Service, hub: Hub) -> "MCPServer[Any]":
     """The server of the three tools."""
-    from mcp.server.mcpserver import Context, Image, MCPServer
+    from mcp.server.mcpserver import Context, Image
     from mcp.server.mcpserver.exceptions import ToolError as Refusal
 
-    server: MCPServer[Any] = MCPServer(
-        "QwenImageTool",
-        version=__version__,
-        instructions="Makes pictures with Qwen-Image models on this computer.",
-    )
+    server = _server()
 
     @server.tool(name="generate", structured_output=False)
     async def generate(
@@ -194,6 +190,34 @@ def _request(
         model=find(service, model).id, prompt=prompt, images=images, **fields
     )
     return by_id(service, request)
+
+
+def _server() -> "MCPServer[Any]":
+    """One without tools, that says in our words which arguments a tool does not take."""
+    from mcp.server.mcpserver import MCPServer
+    from mcp.server.mcpserver.exceptions import ToolError as Refusal
+
+    class Server(MCPServer[Any]):
+        async def call_tool(self, *given: Any, **named: Any) -> Any:
+            try:
+                return await super().call_tool(*given, **named)
+            except Refusal as error:
+                raise _plain(error) from error.__cause__
+
+    return Server(
+        "QwenImageTool",
+        version=__version__,
+        instructions="Makes pictures with Qwen-Image models on this computer.",
+    )
+
+
+def _plain(error: Exception) -> Exception:
+    """The SDK would send pydantic's own text; its other refusals are ours already."""
+    wrong = error.__cause__
+    if not isinstance(wrong, ValidationError):
+        return error
+    first = wrong.errors()[0]
+    return type(error)(str(wrong_field(first, ".".join(map(str, first["loc"])))))
 
 
 def _shown(data: bytes) -> bytes:

@@ -26,6 +26,7 @@ from pydantic import BaseModel, Field, ValidationError
 from qwen_image_tool.errors import BadRequest, DownloadFailed, FailureKind
 from qwen_image_tool.store.patience import Check, patiently
 from qwen_image_tool.store.record import HubKind
+from qwen_image_tool.types import wrong_field
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -189,11 +190,11 @@ class Hub:
             return form.model_validate(self._json(url, repo, check))
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "the whole"
+            wrong = wrong_field(first, ".".join(map(str, first["loc"])) or "the whole")
             raise DownloadFailed(
                 "server",
-                f"{self.endpoint} did not answer with the files of {repo} ({where}:"
-                f" {first['msg']}).",
+                f"{self.endpoint} did not answer with the files of {repo}"
+                f" ({wrong.message.removesuffix('.')}).",
                 OTHER_SOURCE,
             ) from error
 
