@@ -190,3 +190,10 @@ def test_the_rest_that_clients_probe(live: Live) -> None:
     live.wait(live.submit("x", size=SMALL))
     assert live.http.post("/sdapi/v1/unload-checkpoint").status_code == 200
     wait(lambda: not live.service.queue().loaded)
+
+
+def test_a_setting_of_half_a_character_is_refused_in_a_sentence(live: Live) -> None:
+    body, headers = rb'{"override_settings": {"\ud800": 1}}', {"content-type": "application/json"}
+    answer = live.http.post("/sdapi/v1/txt2img", content=body, headers=headers)
+    assert answer.status_code == 400
+    assert answer.json()["detail"].startswith(r"The setting '\ud800' can't be changed.")

@@ -16,7 +16,7 @@ import pytest
 
 from hub import Fault, LocalHub, serve
 from qwen_image_tool import device, logs
-from qwen_image_tool.app import App
+from qwen_image_tool.app import BF16_ALONE, App
 from qwen_image_tool.cli.commands import run
 from qwen_image_tool.cli.models import _pause_on_ctrl_c
 from qwen_image_tool.cli.screen import Screen
@@ -222,9 +222,32 @@ def test_what_can_not_run_yet_is_said_before_it_is_fetched(qit: Any) -> None:
 def test_recommendations_in_words(qit: Any, seen: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "probe_in_child", lambda: CARD)
     _, out, _ = qit("recommend")
-    first = out.splitlines()[0]
-    assert first.startswith("qwen-image-2.1-turbo (bf16): 33.1 GB to fetch, needs ")
-    assert "GiB of GPU memory, seconds not measured yet. Runs on a card:" in first
+    *rows, last = out.splitlines()
+    assert rows[0].startswith("qwen-image-2.1-turbo (bf16): 33.1 GB to fetch, needs ")
+    assert "GiB of GPU memory. Runs on a card:" in rows[0]
+    assert last.startswith("For each that runs here: ")
+
+
+def test_what_all_recommendations_share_is_said_once(
+    qit: Any, seen: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "probe_in_child", lambda: CARD)
+    _, out, _ = qit("recommend")
+    for shared in (BF16_ALONE, "Seconds are not measured yet"):
+        assert out.count(shared) == 1
+        assert shared in out.splitlines()[-1]
+    _, out, _ = qit("recommend", "--json")
+    assert all(BF16_ALONE in each["reason"] for each in json.loads(out)["models"])
+
+
+def test_where_nothing_runs_each_model_says_why(
+    qit: Any, seen: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "probe_in_child", lambda: device.TorchFacts(version="2.13"))
+    monkeypatch.setattr(device, "memory", lambda: (4 * 2**30, 2 * 2**30))
+    rows = qit("recommend")[1].splitlines()
+    assert len(rows) == 4
+    assert all(" needs " in row for row in rows)
 
 
 def test_show_tells_it_with_the_reason(qit: Any, seen: Device) -> None:

@@ -131,6 +131,32 @@ def test_ports(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
         serving.bind("203.0.113.1", None, live.service)
 
 
+@pytest.mark.parametrize("lan", [[], ["--lan"]])
+@pytest.mark.parametrize(
+    "host", ["banana.invalid", "203.0.113.1", "127.0.0.1:8000", "http://127.0.0.1", "ä" * 80, ""]
+)
+def test_an_address_that_is_none_is_told_in_a_sentence(
+    host: str, lan: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Password(load_settings().data).set("long enough")
+    assert run(["serve", "--host", host, *lan]) == BadRequest.exit_code
+    assert capsys.readouterr().err == (
+        f"qit: {host or 'An empty --host'} is no address that this computer can listen on."
+        " Give 127.0.0.1; with --lan also 0.0.0.0, or an address of this computer.\n"
+    )
+
+
+def test_a_port_in_use_is_told_in_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        taken = other.getsockname()[1]
+        assert run(["serve", "--port", str(taken)]) == BadRequest.exit_code
+    said = capsys.readouterr().err
+    assert said.startswith(f"qit: Port {taken} of 127.0.0.1 can't be used: ")
+    assert said.endswith(". Choose another --port.\n")
+
+
 @pytest.mark.parametrize("damaged", ["x", 99_999, -1, None, [7860]])
 def test_a_remembered_port_that_is_none(
     live: Live, damaged: object, monkeypatch: pytest.MonkeyPatch

@@ -1,5 +1,6 @@
 """`qit models`: find, download, verify, repair."""
 
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -9,9 +10,9 @@ from typing import Annotated
 
 import typer
 
-from qwen_image_tool.app import App
+from qwen_image_tool.app import Advice, App
 from qwen_image_tool.catalog import Model
-from qwen_image_tool.cli.screen import Screen, amount, gib, pace
+from qwen_image_tool.cli.screen import UNMEASURED, Screen, amount, gib, pace
 from qwen_image_tool.errors import BadRequest, DownloadFailed, LicenceNotAccepted, ToolError
 from qwen_image_tool.settings import load_settings
 from qwen_image_tool.store.download import Control
@@ -28,6 +29,7 @@ from qwen_image_tool.store.verify import Fault
 from qwen_image_tool.types import Device
 
 models = typer.Typer()
+SENTENCE_ENDS = re.compile(r"(?<=\.) (?=[A-Z])")
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 JsonLines = Annotated[bool, typer.Option("--json", help="Print events as lines of JSON.")]
 Id = Annotated[str, typer.Argument(help="An id of `qit models list`.")]
@@ -105,14 +107,26 @@ def recommend(as_json: Json = False) -> None:
     if as_json:
         screen.json({"models": [each.model_dump(mode="json") for each in advice]})
         return
+    told = {each.model: _sentences(each) for each in advice}
+    running = [told[each.model] for each in advice if each.runs]
+    shared = [said for said in running[0] if all(said in one for one in running)] if running else []
+    common = shared if len(running) > 1 else []
     for each in advice:
-        says = [f"{each.to_fetch / 1e9:.1f} GB to fetch" if each.to_fetch else "is here"]
-        if each.runs:
-            says.append(f"needs {gib(each.ram_bytes)} of RAM")
-            says += [f"{gib(each.vram_bytes)} of GPU memory"] if each.vram_bytes else []
-            known = each.seconds is not None
-            says.append(f"{pace(each.seconds)} a picture" if known else "seconds not measured yet")
-        screen.line(f"{each.model} ({each.variant}): {', '.join(says)}. {each.reason}")
+        own = [said for said in told[each.model] if said not in common]
+        screen.line(f"{each.model} ({each.variant}): {' '.join(own)}")
+    if common:
+        screen.line(f"For each that runs here: {' '.join(common)}")
+
+
+def _sentences(advice: Advice) -> list[str]:
+    """What a recommendation says of a model: what it takes, then why it is recommended."""
+    takes = [f"{advice.to_fetch / 1e9:.1f} GB to fetch" if advice.to_fetch else "is here"]
+    if advice.runs:
+        takes.append(f"needs {gib(advice.ram_bytes)} of RAM")
+        takes += [f"{gib(advice.vram_bytes)} of GPU memory"] if advice.vram_bytes else []
+        takes += [f"{pace(advice.seconds)} a picture"] if advice.seconds is not None else []
+    unmeasured = [UNMEASURED] if advice.runs and advice.seconds is None else []
+    return [f"{', '.join(takes)}.", *SENTENCE_ENDS.split(advice.reason), *unmeasured]
 
 
 @models.command()

@@ -313,7 +313,7 @@ def _submit(service: Service, body: TextToImage) -> Job:
     title = settings.get("sd_model_checkpoint") or ""
     for name in settings.keys() - ({"sd_model_checkpoint"} if isinstance(title, str) else set()):
         if name not in ours or settings[name] != ours[name]:
-            raise NotSupported(f"The setting {name} can't be changed.", "override_settings")
+            raise NotSupported(f"The setting {name!r} can't be changed.", "override_settings")
     model = _model(service, title)
     return service.submit(body.request(model), ORIGIN)
 

@@ -154,6 +154,7 @@ def serve(
     `port`: None for the remembered one, or a free one near 7860; 0 for any. `guarded`: end with
     stdin. Raises BadRequest where the address can't be used, or LAN mode has no password.
     """
+    _check_host(host)
     password = Password(service.data)
     if lan and not password.is_set:
         raise BadRequest("On the network, a password is needed.", "Set one: `qit password`.")
@@ -204,6 +205,19 @@ def bind(host: str, port: int | None, service: Service) -> socket.socket:
                     service.remember(port=bound.getsockname()[1])
             return bound
     raise BadRequest("No port is free.", "Choose one with --port.")
+
+
+def _check_host(host: str) -> None:
+    """Raises BadRequest where no port of it could be listened on."""
+    try:
+        if not host:
+            raise ValueError("the socket would take it for every address")
+        _bind(host, 0).close()
+    except (OSError, ValueError, TypeError) as error:  # TypeError: no name of the network's
+        raise BadRequest(
+            f"{host or 'An empty --host'} is no address that this computer can listen on.",
+            "Give 127.0.0.1; with --lan also 0.0.0.0, or an address of this computer.",
+        ) from error
 
 
 def shown(host: str, lan: bool) -> str:
