@@ -55,12 +55,11 @@ def convolutions(family: Family, side: int, options: argparse.Namespace) -> Seen
         if conv.weight.shape[-1] > 1:
             seen.setdefault(key, (conv, given[0].clone()))
 
-    for module in made.decoder.modules():
-        if isinstance(module, vae._Conv):
-            module.register_forward_pre_hook(keep)
+    convs = (module for module in made.decoder.modules() if isinstance(module, vae._Conv))
+    hooks = [conv.register_forward_pre_hook(keep) for conv in convs]
     vae.levels(made, latents.to(torch.bfloat16))
-    for module in made.decoder.modules():
-        module._forward_pre_hooks.clear()
+    for hook in hooks:
+        hook.remove()
     return seen
 
 

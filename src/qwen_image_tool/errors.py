@@ -140,6 +140,14 @@ _SAID: tuple[tuple[str, TroubleKind], ...] = (
 )
 
 
+_SENTENCE_ENDS = re.compile(r"(?<=[.!?]) (?=[A-Z`(])")
+
+
+def sentences(said: str) -> list[str]:
+    """Those of what the program says."""
+    return _SENTENCE_ENDS.split(said)
+
+
 def trouble_in(output: str) -> TroubleKind | None:
     """What the last output of a process says went wrong; None where it says nothing known."""
     found = (kind for pattern, kind in _SAID if re.search(pattern, output, re.MULTILINE))

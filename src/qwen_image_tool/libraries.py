@@ -14,7 +14,7 @@ import sys
 import sysconfig
 import threading
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,16 +45,16 @@ class LibraryFiles:
             _bring(known)
             yield
         elif hasattr(os, "RWF_NOWAIT"):
-            with _opened() as opened:
+            with _listening() as heard:
                 yield
-            self._keep(opened)
+            self._keep(heard)
         else:
             yield
 
-    def _keep(self, opened: list[Path]) -> None:
+    def _keep(self, heard: Iterable[str]) -> None:
         with contextlib.suppress(OSError):
             files = _shared_libraries()
-            for path in (*opened, *_modules()):
+            for path in (*_of_libraries(heard), *_modules()):
                 files.setdefault(str(path), None)
             kept = {"versions": self._versions, "files": files}
             replace_file(self._path, json.dumps(kept, indent=0).encode())
@@ -73,22 +73,25 @@ _listeners: list[dict[str, None]] = []  # what each has heard of, in its order
 
 
 @contextmanager
-def _opened() -> Iterator[list[Path]]:
-    """The files that Python opens in the block and the folders that it lists, of Python's own, of
-    the installed packages and of others that were imported: an import also reads what is no module,
-    as transformers does with the source of all its models. Filled when the block ends."""
-    found: list[Path] = []
+def _listening() -> Iterator[Mapping[str, None]]:
+    """The files that Python opens in the block, and the folders that it lists. An import also reads
+    what is no module, as transformers does with the source of all its models."""
     heard: dict[str, None] = {}
     _listen()
     _listeners.append(heard)
     try:
-        yield found
+        yield heard
     finally:
         _listeners[:] = (each for each in _listeners if each is not heard)
-        folders = *map(sysconfig.get_path, ("stdlib", "purelib", "platlib")), *_packages()
-        inside = tuple(f"{folder}{os.sep}" for folder in folders)
-        names = (name for name in list(heard) if f"{name}{os.sep}".startswith(inside))
-        found += (path for path in map(Path, names) if path.exists())
+
+
+def _of_libraries(names: Iterable[str]) -> Iterator[Path]:
+    """Those in the folders of Python, of the installed packages, and of others that are imported:
+    the current folder, which Python may import from, may hold the models."""
+    folders = *map(sysconfig.get_path, ("stdlib", "purelib", "platlib")), *_packages()
+    inside = tuple(f"{folder}{os.sep}" for folder in folders)
+    paths = (Path(name) for name in list(names) if f"{name}{os.sep}".startswith(inside))
+    return (path for path in paths if path.exists())
 
 
 def _packages() -> Iterator[str]:
@@ -106,8 +109,8 @@ def _listen() -> None:
 def _hear(event: str, arguments: tuple[object, ...]) -> None:
     if _listeners and event in ("open", "os.listdir", "os.scandir"):
         path = arguments[0]
-        for heard in _listeners:
-            if isinstance(path, str):
+        if isinstance(path, str):
+            for heard in _listeners:
                 heard[path] = None
 
 

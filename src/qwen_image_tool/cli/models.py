@@ -1,6 +1,5 @@
 """`qit models`: find, download, verify, repair."""
 
-import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -13,7 +12,13 @@ import typer
 from qwen_image_tool.app import Advice, App
 from qwen_image_tool.catalog import Model
 from qwen_image_tool.cli.screen import UNMEASURED, Screen, amount, gib, pace
-from qwen_image_tool.errors import BadRequest, DownloadFailed, LicenceNotAccepted, ToolError
+from qwen_image_tool.errors import (
+    BadRequest,
+    DownloadFailed,
+    LicenceNotAccepted,
+    ToolError,
+    sentences,
+)
 from qwen_image_tool.settings import load_settings
 from qwen_image_tool.store.download import Control
 from qwen_image_tool.store.formats import (
@@ -29,7 +34,6 @@ from qwen_image_tool.store.verify import Fault
 from qwen_image_tool.types import Device
 
 models = typer.Typer()
-SENTENCE_ENDS = re.compile(r"(?<=\.) (?=[A-Z])")
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 JsonLines = Annotated[bool, typer.Option("--json", help="Print events as lines of JSON.")]
 Id = Annotated[str, typer.Argument(help="An id of `qit models list`.")]
@@ -109,8 +113,8 @@ def recommend(as_json: Json = False) -> None:
         return
     told = {each.model: _sentences(each) for each in advice}
     running = [told[each.model] for each in advice if each.runs]
-    shared = [said for said in running[0] if all(said in one for one in running)] if running else []
-    common = shared if len(running) > 1 else []
+    several = running if len(running) > 1 else [[]]
+    common = [said for said in several[0] if all(said in one for one in several)]
     for each in advice:
         own = [said for said in told[each.model] if said not in common]
         screen.line(f"{each.model} ({each.variant}): {' '.join(own)}")
@@ -126,7 +130,7 @@ def _sentences(advice: Advice) -> list[str]:
         takes += [f"{gib(advice.vram_bytes)} of GPU memory"] if advice.vram_bytes else []
         takes += [f"{pace(advice.seconds)} a picture"] if advice.seconds is not None else []
     unmeasured = [UNMEASURED] if advice.runs and advice.seconds is None else []
-    return [f"{', '.join(takes)}.", *SENTENCE_ENDS.split(advice.reason), *unmeasured]
+    return [f"{', '.join(takes)}.", *sentences(advice.reason), *unmeasured]
 
 
 @models.command()

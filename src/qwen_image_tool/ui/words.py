@@ -7,9 +7,8 @@ import re
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 
+from qwen_image_tool.errors import sentences
 from qwen_image_tool.server.plain import Language
-
-_SENTENCE_ENDS = re.compile(r"(?<=[.!?]) (?=[A-Z`(])")
 
 
 class Words:
@@ -29,7 +28,7 @@ class Words:
     def known(self, text: str) -> str:
         """What the program said, in this language: each sentence that was heard of, with what is
         filled into it. Others stay as they are."""
-        told = " ".join(map(self._sentence, _SENTENCE_ENDS.split(text)))
+        told = " ".join(map(self._sentence, sentences(text)))
         return told.replace("。 ", "。")
 
     def _sentence(self, text: str) -> str:
