@@ -144,7 +144,8 @@ def test_a_strip_is_given_all_that_it_sees_and_no_more(family: str, rows: tuple[
     vae.make_single_frame(model, DECODINGS[family], faithful=False)
     decoder, height, scale = model.decoder, 40, vae.scale(model)
     parts = list(decoder.tail)
-    low, high = vae._needs(parts, rows, height)[0]
+    made = rows[0] * scale, rows[1] * scale
+    low, high = vae._needs(parts, made, height * scale)[0]
     assert low == 0 or low < rows[0]
     assert high == height or high > rows[1]
     clean = decoder.head(cells(model, height, 4)[:, :, 0])
@@ -152,8 +153,8 @@ def test_a_strip_is_given_all_that_it_sees_and_no_more(family: str, rows: tuple[
     def reached(row: int) -> bool:
         poisoned = clean.clone()
         poisoned[:, :, row] = torch.nan
-        seen = decoder._strip(parts, poisoned, (0, height))[:, :, rows[0] * scale : rows[1] * scale]
-        return bool(seen.isnan().any())
+        seen = decoder._strip(parts, poisoned, (0, height * scale), height * scale)
+        return bool(seen[:, :, slice(*made)].isnan().any())
 
     assert reached(low)
     assert reached(high - 1)

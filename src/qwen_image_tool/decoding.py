@@ -4,7 +4,11 @@ from dataclasses import dataclass
 
 from qwen_image_tool.types import Size
 
-MOST_STRIPS, MIN_STRIP = 10, 64  # and pixel rows: in thinner ones most work is done twice
+MOST_STRIPS, MIN_STRIP = 20, 64  # and pixel rows: in thinner ones most work is done twice
+
+# Pixels of a frame, from which on cuDNN takes the same kernels on an H100 as for any larger one
+# (benchmarks/heights.py)
+BAND = 1 << 16
 
 
 def most_strips(size: Size) -> int:
@@ -13,48 +17,56 @@ def most_strips(size: Size) -> int:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """How far a single-frame decoder works on the whole frame before it goes on in strips.
-
-    `depth`: how many halves of the blocks that double the frame, each of them its residual blocks
-    and the doubling. `most`: the strips up to which it is chosen.
-
-    Bytes a pixel of the frame: `head` for what is done on the whole of it, `kept` for what is held
-    from strip to strip (the head's result and the pixels). Bytes a pixel of a strip: `strip`; it is
-    worked with `margin` rows of pixels beside its own.
-    """
-
-    depth: int
-    head: int
-    kept: int
-    strip: int
-    margin: int
-    most: int = 1 << 30
-
-
-@dataclass(frozen=True)
 class Decoding:
-    """Working memory of a single-frame decoder in bfloat16, beside its weights and what its kernels
-    take.
+    """How a single-frame decoder works on a picture in strips, and its working memory in bfloat16,
+    beside its weights and what its kernels take.
 
-    `stages`: the fewer strips, the further it works on the whole frame, which brings the picture
-    closer to the one that is made in one piece. `cell`: pixels a side of one latent cell. `whole`:
-    bytes a pixel of diffusers' own decoder, which exact mode keeps.
+    `cell`: pixels a side of one latent cell. `depth`: how many halves of the blocks that double the
+    frame, each of them its residual blocks and the doubling, work on the whole frame; from there to
+    `band_depth` they work on bands of it, and the rest on strips.
+
+    Bytes a pixel of the frame: `whole` for diffusers' own decoder, which exact mode keeps; `piece`
+    for ours in one piece; `head` for what is done on the whole frame before the strips; `kept` for
+    what is held from strip to strip (the head's result and the pixels).
+
+    Bytes a pixel of a band: `making` while it is made; `band` for what is held of it.
+
+    Bytes a pixel of a strip: `strip`; it is worked with `margin` rows of pixels beside its own.
     """
 
     cell: int
-    stages: tuple[Stage, ...]
+    depth: int
+    band_depth: int
     whole: int
+    piece: int
+    head: int
+    kept: int
+    making: int
+    band: int
+    strip: int
+    margin: int
 
-    def stage(self, strips: int) -> Stage:
-        """The one that a decode in this many strips is worked by."""
-        return next(stage for stage in self.stages if strips <= stage.most)
+    @property
+    def band_cell(self) -> int:
+        """Pixels a side of one pixel of a band."""
+        return self.cell >> self.band_depth // 2
+
+    def bands(self, pixels: int) -> int:
+        """How many a picture of so many pixels is worked in, one after the other."""
+        whole = self.band_depth == self.depth
+        return 1 if whole else max(1, pixels // self.band_cell**2 // BAND)
 
     def bytes(self, size: Size, strips: int) -> int:
         """The most that a decode in this many strips holds at a time."""
-        stage, rows = self.stage(strips), -(-size.height // self.cell // strips) * self.cell
-        part = stage.strip * size.width * min(size.height, rows + stage.margin)
-        return max(stage.head * size.pixels, stage.kept * size.pixels + part)
+        if strips == 1:
+            return self.piece * size.pixels
+        rows = -(-size.height // self.band_cell // strips) * self.band_cell + self.margin
+        bands = self.bands(size.pixels)
+        band = -(-size.height // bands)
+        over = rows if bands > 1 else 0  # rows of the band before, which the next strip sees
+        making = self.band * over + self.making * min(size.height, band + self.margin)
+        strip = self.band * min(size.height, band + over) + self.strip * min(size.height, rows)
+        return max(self.head * size.pixels, self.kept * size.pixels + size.width * max(making, strip))
 
     def strips(self, size: Size, budget: int) -> int | None:
         """The fewest strips that stay within a budget of bytes; None where none does."""
@@ -67,20 +79,28 @@ class Decoding:
 DECODINGS = {
     "qwen-image": Decoding(
         cell=8,
-        stages=(
-            Stage(depth=0, head=102, kept=18, strip=680, margin=24, most=1),
-            Stage(depth=2, head=102, kept=30, strip=680, margin=24),
-        ),
+        depth=2,
+        band_depth=2,
         whole=4250,
+        piece=698,
+        head=102,
+        kept=30,
+        making=0,
+        band=0,
+        strip=680,
+        margin=24,
     ),
     "qwen-image-2.1": Decoding(
         cell=16,
-        stages=(
-            Stage(depth=0, head=68, kept=17, strip=2400, margin=48, most=1),
-            Stage(depth=6, head=990, kept=297, strip=2020, margin=8, most=3),
-            Stage(depth=5, head=667, kept=225, strip=2020, margin=16, most=8),
-            Stage(depth=2, head=120, kept=50, strip=2040, margin=24),
-        ),
+        depth=3,
+        band_depth=5,
         whole=6800,
+        piece=2417,
+        head=250,
+        kept=90,
+        making=510,
+        band=216,
+        strip=2020,
+        margin=16,
     ),
 }

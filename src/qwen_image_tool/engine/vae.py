@@ -1,6 +1,7 @@
 """Latents -> pixels."""
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -93,9 +94,10 @@ class _Decoder(nn.Module):
     """The decoder of AutoencoderKLQwenImage or of AutoencoderKLQwenImage21, for a single frame.
 
     The head sees the whole frame at the size of the latents, because of its attention. Each part
-    of the tail sees a few rows around a row (`needs`), so it can run on strips of the frame. The
-    first parts don't where the memory allows: on few pixels cuDNN takes another kernel for another
-    height, which adds in another order.
+    of the tail sees a few rows around a row (`needs`), so it can run on strips of the frame. Not
+    all do: on few pixels cuDNN takes another kernel for another height, which adds in another
+    order. So the first parts work on the whole frame, and the next ones on bands of it (`Decoding`),
+    of which those rows are held that the next strip sees.
 
     In float32 weights and numbers are channels-last, which is faster. In bfloat16 they are not: it
     would change the order of sums, and so deep in bfloat16 one rounding grows to several levels.
@@ -116,16 +118,19 @@ class _Decoder(nn.Module):
             self.head.extend([attention, block])
         *ups, last = decoder.up_blocks
         self._parts: list[_Part] = []
-        self._ends = [0]  # in `_parts`, of the halves of the blocks that double
+        ends = [0]  # in `_parts`, of the halves of the blocks that double
         for up in ups:
             for half in _halves(up, faithful):
                 self._parts += half
-                self._ends.append(len(self._parts))
+                ends.append(len(self._parts))
+        self._start, self._middle = ends[decoding.depth], ends[decoding.band_depth]
         # On as many pixels as the picture has, cuDNN's 2D and 3D kernels add in the same order
         faithful = faithful and decoder.conv_out.weight.ndim == 4
         self._parts += _residuals(last, faithful)
         self._parts.append(_Output(decoder.norm_out, decoder.conv_out, faithful))
         self.tail = nn.ModuleList(self._parts)
+        convs = (each for part in self._parts[self._start :] for each in part.modules())
+        self._in_strips = [each for each in convs if isinstance(each, _Conv)]
         kind = decoder.conv_in.weight
         plain = kind.dtype != torch.float32 or kind.device.type == "mps"
         self._format = torch.contiguous_format if plain else torch.channels_last
@@ -135,24 +140,42 @@ class _Decoder(nn.Module):
 
     def strips(self, cells: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
         """[1, z, height, width] to `count` times [1, 3 or 4, rows, width], from top to bottom."""
-        height = cells.shape[2]
-        if not 1 <= count <= height:
-            raise ValueError(f"{height} rows of latent cells don't make {count} strips")
-        end = self._ends[self._decoding.stage(count).depth]
-        whole, parts = self._parts[:end], self._parts[end:]
+        if not 1 <= count <= cells.shape[2]:
+            raise ValueError(f"{cells.shape[2]} rows of latent cells don't make {count} strips")
+        decoding, height = self._decoding, cells.shape[2] * self._decoding.cell
+        for conv in self._in_strips:
+            conv.sees_zeros = count == 1
         frame = self.head(cells.contiguous(memory_format=self._format))
-        for part in whole:
+        if count == 1:
+            yield self._strip(self._parts, frame, (0, height), height)
+            return
+        for part in self._parts[: self._start]:
             frame = part(frame)
-        height = frame.shape[2]
-        for strip in range(count):
-            rows = height * strip // count, height * (strip + 1) // count
-            yield self._strip(parts, frame, rows)
+        into_bands, parts = self._parts[self._start : self._middle], self._parts[self._middle :]
+        cell, pixels = decoding.band_cell, cells[0, 0].numel() * decoding.cell**2
+        bands = iter(_cut(height // cell, decoding.bands(pixels)))
+        start, end = band = next(bands)
+        window = self._strip(into_bands, frame, band, height // cell)
+        for first, last in _cut(height // cell, count):
+            rows = first * cell, last * cell
+            low, high = _needs(parts, rows, height)[0]
+            window, start = window[:, :, low - start :], low
+            while end < high:
+                window = window.clone()  # only these rows of it live on
+                _, end = band = next(bands)
+                made = self._strip(into_bands, frame, band, height // cell)
+                window = torch.cat([window, made], dim=2)
+                del made
+            yield self._strip(parts, window, rows, height, start)
 
-    def _strip(self, parts: Sequence[_Part], frame: torch.Tensor, rows: Rows) -> torch.Tensor:
-        """The rows of pixels that `parts` make of these rows of the frame. Each is given the rows
-        it needs: where they end inside the frame, those it spoils with its padding are cut off."""
-        (start, end), *outcomes = _needs(parts, rows, frame.shape[2])
-        frame = frame[:, :, start:end]
+    def _strip(
+        self, parts: Sequence[_Part], frame: torch.Tensor, rows: Rows, height: int, top: int = 0
+    ) -> torch.Tensor:
+        """The rows that `parts` make, of a result of this height, from a frame that begins with row
+        `top`. Each is given the rows it needs: where they end inside the frame, those it spoils
+        with its padding are cut off."""
+        (start, end), *outcomes = _needs(parts, rows, height)
+        frame = frame[:, :, start - top : end - top]
         for part, (low, high) in zip(parts, outcomes, strict=True):
             top = start * part.factor
             frame = part(frame)[:, :, low - top : high - top]
@@ -161,10 +184,15 @@ class _Decoder(nn.Module):
         return frame
 
 
+def _cut(height: int, count: int) -> list[Rows]:
+    """As many times rows, one after the other."""
+    edges = [height * edge // count for edge in range(count + 1)]
+    return list(pairwise(edges))
+
+
 def _needs(parts: Sequence[_Part], rows: Rows, height: int) -> list[Rows]:
-    """The rows that go into each of `parts`, and those of pixels that come out."""
-    for part in parts:
-        height, rows = height * part.factor, (rows[0] * part.factor, rows[1] * part.factor)
+    """The rows that go into each of `parts`, and at last those of their result, which has this
+    height."""
     found = [rows]
     for part in reversed(parts):
         height //= part.factor
@@ -175,13 +203,15 @@ def _needs(parts: Sequence[_Part], rows: Rows, height: int) -> list[Rows]:
 
 class _Conv(_Layer):
     """A convolution. For one frame a causal 3D convolution is the 2D one with its last temporal
-    tap: the others only see the zeros before the first frame. A `faithful` one sees those zeros.
-    Source: QwenImageCausalConv3d, QwenImage21CausalConv3d."""
+    tap: the others only see the zeros before the first frame. A `faithful` one `sees_zeros`, or is
+    3D without them: for more products at the end of a frame cuDNN adds in parts, so that they would
+    depend on where a strip ends. Source: QwenImageCausalConv3d, QwenImage21CausalConv3d."""
 
     def __init__(self, conv: Any, faithful: bool = False) -> None:
         super().__init__()
         causal = getattr(conv, "_padding", None)  # left, right, top, bottom, zeros before
         self.faithful = faithful and any(causal or ())
+        self.sees_zeros = True
         taps = conv.weight
         if taps.ndim == 5 and not self.faithful:
             taps = taps[:, :, -1]
@@ -195,8 +225,11 @@ class _Conv(_Layer):
             return functional.conv2d(frame, self.weight, self.bias, padding=self.padding)
         if self.weight.ndim == 4:
             return functional.conv2d(functional.pad(frame, self._causal), self.weight, self.bias)
-        frames = functional.pad(frame[:, :, None], self._causal)
-        return functional.conv3d(frames, self.weight, self.bias)[:, :, 0]
+        taps, causal = self.weight, self._causal
+        if not self.sees_zeros:
+            taps, causal = taps[:, :, -1:], causal[:4]
+        frames = functional.pad(frame[:, :, None], causal)
+        return functional.conv3d(frames, taps, self.bias)[:, :, 0]
 
 
 class _Norm(_Layer):
