@@ -14,6 +14,7 @@ from diffusers.utils import logging
 
 import tiny
 from live import peak_bytes
+from qwen_image_tool import decoding
 from qwen_image_tool.decoding import DECODINGS
 from qwen_image_tool.engine import vae
 from qwen_image_tool.types import Size
@@ -136,6 +137,30 @@ def test_strips_give_the_same_picture(pair: tuple[Any, Any], shape: tuple[int, i
             torch.testing.assert_close(pixels(ours, latents, strips), numbers, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("band", [4, 40, 150], ids="of {} pixels".format)
+def test_bands_give_the_same_picture(
+    pair: tuple[Any, Any], band: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a few rows each, made when a strip sees them first."""
+    _, ours = pair
+    latents = cells(ours, 16, 3)
+    whole, numbers = levels(ours, latents), pixels(ours, latents)
+    monkeypatch.setattr(decoding, "BAND", band)
+    made, cut = [], vae._cut
+
+    def counted(height: int, count: int) -> list[vae.Rows]:
+        made.append(count)
+        return cut(height, count)
+
+    monkeypatch.setattr(vae, "_cut", counted)
+    for strips in (2, 3, 7, 16):
+        assert apart(levels(ours, latents, strips), whole) <= 1
+        if ours.dtype == torch.float32:
+            torch.testing.assert_close(pixels(ours, latents, strips), numbers, rtol=0, atol=2e-5)
+    banded = ours.decoder._decoding.band_depth > ours.decoder._decoding.depth
+    assert max(made[::2]) == (ours.decoder._decoding.bands(16 * 3 * 16**2) if banded else 1)
+
+
 @pytest.mark.parametrize("rows", [(0, 1), (0, 20), (19, 21), (30, 40)], ids=str)
 @torch.inference_mode()
 def test_a_strip_is_given_all_that_it_sees_and_no_more(family: str, rows: tuple[int, int]) -> None:
@@ -173,7 +198,7 @@ def test_a_decode_never_exceeds_its_plan(family: str, size: Size, faithful: bool
     latents = cells(model, size.height // decoding.cell, size.width // decoding.cell)
     vae.make_single_frame(model, decoding, faithful)
     known, taken = [*model.parameters(), latents], []
-    for strips in (1, 2, 3, 4, 6, 8, 10):
+    for strips in (1, 2, 3, 4, 6, 8, 10, 20):
         taken.append(peak_bytes(functools.partial(vae.levels, model, latents, strips), known))
         assert (0.7 if faithful else 0.6) <= taken[-1] / decoding.bytes(size, strips) <= 1
     assert taken == sorted(taken, reverse=True)
@@ -232,13 +257,14 @@ def test_the_benchmark_runs_and_writes_its_table(
     )
     monkeypatch.setattr(benchmark, "PAGE", page)
     arguments = ["--device", "cpu", "--small", "--sizes", "64", "--repeats", "1", "--write"]
+    arguments += ["--caps", "2"]
     rows = benchmark.main([*arguments, "--json", str(tmp_path / "figures.json")])
     ours = [row for row in rows if row["what"].startswith("ours")]
-    assert len(ours) == 4
+    assert len(ours) == 6
     assert all(row["levels_apart"] <= 1 and row["seconds"] > 0 for row in ours)
     text = page.read_text(encoding="utf-8")
     assert text.startswith("Before\n")
     assert text.endswith("\nAfter\n")
-    assert text.count("ours") == 4
+    assert text.count("ours") == 6
     assert "old" not in text
     assert (tmp_path / "figures.json").stat().st_size > 100

@@ -31,7 +31,9 @@ class Decoding:
 
     Bytes a pixel of a band: `making` while it is made; `band` for what is held of it.
 
-    Bytes a pixel of a strip: `strip`; it is worked with `margin` rows of pixels beside its own.
+    Bytes a pixel of a strip: `strip`; where it takes the most it has `margin` rows of pixels beside
+    its own. `seam`: rows of pixels that are worked a second time where two strips meet, as many as
+    take the time.
     """
 
     cell: int
@@ -45,6 +47,7 @@ class Decoding:
     band: int
     strip: int
     margin: int
+    seam: int
 
     @property
     def band_cell(self) -> int:
@@ -89,6 +92,7 @@ DECODINGS = {
         band=0,
         strip=680,
         margin=24,
+        seam=32,
     ),
     "qwen-image-2.1": Decoding(
         cell=16,
@@ -102,5 +106,6 @@ DECODINGS = {
         band=216,
         strip=2020,
         margin=16,
+        seam=24,
     ),
 }

@@ -244,9 +244,8 @@ class Needs:
         rates = self._rates(way)
         if not rates.matmul:
             return None
-        family, margin = self._family, DECODINGS[self.installed.model.family].margin
-        # Rows beside a seam are worked for both of its strips
-        again = 1 + 2 * margin * (way.strips - 1) / self.working.height
+        family, seam = self._family, DECODINGS[self.installed.model.family].seam
+        again = 1 + seam * (way.strips - 1) / self.working.height
         # A smaller VAE has narrower layers: products go by the square of the width, traffic by it
         share = self.installed.vae_parameters / family.vae_parameters
         products = share * family.decode_flop / rates.matmul
