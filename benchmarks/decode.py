@@ -33,7 +33,7 @@ from diffusers import AutoencoderKLQwenImage, AutoencoderKLQwenImage21
 
 from qwen_image_tool.catalog import Family
 from qwen_image_tool.catalog.costs import load_costs
-from qwen_image_tool.decoding import DECODINGS, most_strips
+from qwen_image_tool.decoding import DECODINGS
 from qwen_image_tool.device import cpu_name
 from qwen_image_tool.engine import vae
 from qwen_image_tool.engine.probe import torch_facts
@@ -45,8 +45,12 @@ CLASSES: dict[Family, Any] = {
     "qwen-image": AutoencoderKLQwenImage,
     "qwen-image-2.1": AutoencoderKLQwenImage21,
 }
-SIZES = {"qwen-image": [1024, 1328, 2048], "qwen-image-2.1": [1024, 2048]}
-NARROW: dict[str, dict[str, Any]] = {
+WIDE = Size(1664, 928)
+SIZES: dict[Family, list[Size]] = {
+    "qwen-image": [Size(1024, 1024), Size(1328, 1328), Size(2048, 2048), WIDE],
+    "qwen-image-2.1": [Size(1024, 1024), Size(2048, 2048), WIDE],
+}
+NARROW: dict[Family, dict[str, Any]] = {
     "qwen-image": {"base_dim": 8, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1},
     "qwen-image-2.1": {"base_dim": 4, "decoder_base_dim": 8, "num_res_blocks": 1},
 }
@@ -61,7 +65,8 @@ Levels = npt.NDArray[np.uint8]
 def main(arguments: list[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--sizes", type=int, nargs="+", help="pixels a side")
+    parser.add_argument("--models", nargs="+", choices=tuple(CLASSES), default=tuple(CLASSES))
+    parser.add_argument("--sizes", type=Size.parse, nargs="+", help="as 1024x1024")
     parser.add_argument("--caps", type=float, nargs="*", help="GiB; 1.5, 2 and 4 on a GPU")
     parser.add_argument("--strips", type=int, nargs="*", default=[], help="counts, without a cap")
     parser.add_argument("--repeats", type=int, default=7)
@@ -72,9 +77,9 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     if options.caps is None:
         options.caps = [1.5, 2, 4] if torch.device(options.device).type == "cuda" else []
     rows: list[Row] = []
-    for family in CLASSES:
-        for side in options.sizes or ([128] if options.small else SIZES[family]):
-            rows += measured(family, Size(side, side), options)
+    for family in options.models:
+        for size in options.sizes or ([Size(128, 128)] if options.small else SIZES[family]):
+            rows += measured(family, size, options)
     asked = what_was_asked(sys.argv[1:] if arguments is None else arguments)
     report = {
         "command": f"benchmarks/decode.py {asked}".strip(),
@@ -117,7 +122,7 @@ def measured(family: Family, size: Size, options: argparse.Namespace) -> list[Ro
 
 
 def capped(
-    family: Family, size: Size, options: argparse.Namespace, cap: float, reference: Levels
+    family: Family, size: Size, options: argparse.Namespace, cap: float, reference: Levels | None
 ) -> list[Row]:
     """The lines of one cap, in a process of their own."""
     bench = Bench(family, size, options)
@@ -125,10 +130,8 @@ def capped(
     bench.theirs.enable_tiling()
     strips = bench.strips(cap)
     what = "ours, full frame" if strips == 1 else f"ours, {strips} strips"
-    return [
-        bench.row("diffusers, tiling", bench.theirs, cap),
-        bench.row(what, bench.ours, cap, strips),
-    ]
+    ours = bench.row(what, bench.ours, cap, strips)
+    return [bench.row("diffusers, tiling", bench.theirs, cap), ours]
 
 
 class Bench:
@@ -157,7 +160,7 @@ class Bench:
         decoding, costs = DECODINGS[self.family], load_costs()
         weights = sum(p.numel() * p.element_size() for p in self.ours.parameters())
         left = cap * GIB - weights - costs.workspace_bytes
-        most = most_strips(self.size)
+        most = decoding.most_strips(self.size)
         found = decoding.strips(self.size, int(left / costs.families[self.family].decode_slack))
         return min(found or most, most)
 
@@ -187,6 +190,7 @@ class Bench:
         finally:
             model.cpu()
             if self.on_gpu:
+                torch.cuda.empty_cache()
                 torch.cuda.set_per_process_memory_fraction(1.0)
 
     def timed(self, model: Any, cells: torch.Tensor, strips: int) -> Row:

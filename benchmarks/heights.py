@@ -3,9 +3,9 @@
     .venv/bin/python benchmarks/heights.py [--small]
 
 On few pixels a GPU's library takes another kernel for another height, which adds in another order;
-from there on the picture differs by rounding. Each line is one convolution as the decoder calls it,
-the first of its shape: the rows of the whole frame, then the heights that keep its bits, of every
-fourth below it.
+from there on the picture differs by rounding. Each line is one convolution, the first of its shape,
+as the decoder calls it for the whole frame and for a strip: the rows of the whole frame, then the
+heights that keep its bits, of every fourth below it.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from qwen_image_tool.catalog import Family
 from qwen_image_tool.decoding import DECODINGS
 from qwen_image_tool.engine import vae
 from qwen_image_tool.engine.probe import torch_facts
+from qwen_image_tool.types import Size
 
 STEP = 4  # rows
 Seen = dict[tuple[object, ...], tuple[vae._Conv, torch.Tensor]]
@@ -28,27 +29,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--models", nargs="+", choices=tuple(CLASSES), default=tuple(CLASSES))
-    parser.add_argument("--sizes", type=int, nargs="+", help="pixels a side")
+    parser.add_argument("--sizes", type=Size.parse, nargs="+", help="as 1024x1024")
     parser.add_argument("--small", action="store_true", help="narrow decoders and small frames")
     options = parser.parse_args()
     torch_facts()  # sets the allocator as the program does
     diffusers.logging.set_verbosity_error()
     with torch.inference_mode():
         for family in options.models:
-            for side in options.sizes or ([128] if options.small else SIZES[family]):
-                print(f"{family} {side}x{side}", flush=True)
-                for conv, frame in convolutions(family, side, options).values():
+            for size in options.sizes or ([Size(128, 128)] if options.small else SIZES[family]):
+                print(f"{family} {size}", flush=True)
+                for conv, frame in convolutions(family, size, options).values():
                     print(line(conv, frame), flush=True)
 
 
-def convolutions(family: Family, side: int, options: argparse.Namespace) -> Seen:
+def convolutions(family: Family, size: Size, options: argparse.Namespace) -> Seen:
     """What the decoder convolves when it decodes one picture in one piece, in its order."""
     torch.manual_seed(0)
     with torch.device(options.device):
         made = CLASSES[family](**NARROW[family] if options.small else {})
     made = made.to(torch.bfloat16).eval().requires_grad_(False)
-    cells = side // vae.scale(made)
-    latents = torch.randn(1, made.config.z_dim, 1, cells, cells, device=options.device)
+    rows, columns = size.height // vae.scale(made), size.width // vae.scale(made)
+    latents = torch.randn(1, made.config.z_dim, 1, rows, columns, device=options.device)
     vae.make_single_frame(made, DECODINGS[family], faithful=True)
     seen: Seen = {}
 
@@ -66,7 +67,9 @@ def convolutions(family: Family, side: int, options: argparse.Namespace) -> Seen
 
 
 def line(conv: vae._Conv, frame: torch.Tensor) -> str:
+    conv.sees_zeros = True
     whole, height = conv(frame), frame.shape[2]
+    conv.sees_zeros = False
     kept = list[tuple[int, bool]]()
     for rows in range(STEP, height, STEP):
         start = (height - rows) // 2

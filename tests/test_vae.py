@@ -157,8 +157,8 @@ def test_bands_give_the_same_picture(
         assert apart(levels(ours, latents, strips), whole) <= 1
         if ours.dtype == torch.float32:
             torch.testing.assert_close(pixels(ours, latents, strips), numbers, rtol=0, atol=2e-5)
-    banded = ours.decoder._decoding.band_depth > ours.decoder._decoding.depth
-    assert max(made[::2]) == (ours.decoder._decoding.bands(16 * 3 * 16**2) if banded else 1)
+    bands = {4: 192, 40: 19, 150: 5}[band] if ours.decoder._decoding.band else 1
+    assert set(made[::2]) == {bands}
 
 
 @pytest.mark.parametrize("rows", [(0, 1), (0, 20), (19, 21), (30, 40)], ids=str)
@@ -212,6 +212,17 @@ def test_diffusers_own_takes_twice_that_and_more(family: str) -> None:
     assert 2 * decoding.bytes(size, strips=1) < peak <= decoding.whole * size.pixels
 
 
+def test_more_strips_than_take_less_are_none(family: str) -> None:
+    decoding = DECODINGS[family]
+    for size in SIZES:
+        most = decoding.most_strips(size)
+        least = decoding.bytes(size, most)
+        allowed = range(1, min(20, size.height // 64) + 1)
+        assert all(decoding.bytes(size, strips) >= least for strips in allowed)
+        assert decoding.bytes(size, most - 1) > least
+    assert decoding.most_strips(Size(2048, 100)) == 1, "most of a thinner strip is worked twice"
+
+
 def test_a_budget_becomes_strips(family: str) -> None:
     decoding, size = DECODINGS[family], Size(2048, 2048)
     needs = [decoding.bytes(size, n) for n in range(1, 2048 // decoding.cell + 1)]
@@ -256,7 +267,7 @@ def test_the_benchmark_runs_and_writes_its_table(
         "Before\n<!-- decode -->\nold\n<!-- end of decode -->\nAfter\n", encoding="utf-8"
     )
     monkeypatch.setattr(benchmark, "PAGE", page)
-    arguments = ["--device", "cpu", "--small", "--sizes", "64", "--repeats", "1", "--write"]
+    arguments = ["--device", "cpu", "--small", "--sizes", "64x64", "--repeats", "1", "--write"]
     arguments += ["--caps", "2"]
     rows = benchmark.main([*arguments, "--json", str(tmp_path / "figures.json")])
     ours = [row for row in rows if row["what"].startswith("ours")]

@@ -11,11 +11,6 @@ MOST_STRIPS, MIN_STRIP = 20, 64  # and pixel rows: in thinner ones most work is 
 BAND = 1 << 16
 
 
-def most_strips(size: Size) -> int:
-    """In how many a picture is decoded at most."""
-    return max(1, min(MOST_STRIPS, size.height // MIN_STRIP))
-
-
 @dataclass(frozen=True)
 class Decoding:
     """How a single-frame decoder works on a picture in strips, and its working memory in bfloat16,
@@ -67,9 +62,15 @@ class Decoding:
         bands = self.bands(size.pixels)
         band = -(-size.height // bands)
         over = rows if bands > 1 else 0  # rows of the band before, which the next strip sees
-        making = self.band * over + self.making * min(size.height, band + self.margin)
-        strip = self.band * min(size.height, band + over) + self.strip * min(size.height, rows)
-        return max(self.head * size.pixels, self.kept * size.pixels + size.width * max(making, strip))
+        in_bands = self.band * over + self.making * min(size.height, band + self.margin)
+        in_strips = self.band * min(size.height, band + over) + self.strip * min(size.height, rows)
+        tail = self.kept * size.pixels + size.width * max(in_bands, in_strips)
+        return max(self.head * size.pixels, tail)
+
+    def most_strips(self, size: Size) -> int:
+        """The fewest of those that take the least."""
+        most = max(1, min(MOST_STRIPS, size.height // MIN_STRIP))
+        return min(range(1, most + 1), key=lambda strips: self.bytes(size, strips))
 
     def strips(self, size: Size, budget: int) -> int | None:
         """The fewest strips that stay within a budget of bytes; None where none does."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qwen_image_tool.catalog.costs import load_costs
-from qwen_image_tool.decoding import DECODINGS, most_strips
+from qwen_image_tool.decoding import DECODINGS
 from qwen_image_tool.store import Blocks, Installed
 from qwen_image_tool.types import Device, PhaseName, PhaseNeed, Placement, Rates, Request
 
@@ -52,7 +52,7 @@ class Needs:
         self._tokens = self.working.pixels // side**2
         prompts = [request.prompt, request.negative_prompt]
         self._prompts = [self._text_tokens(p) for p in prompts if p is not None]
-        self.most_strips = most_strips(self.working)
+        self.most_strips = DECODINGS[installed.model.family].most_strips(self.working)
         self.passes = request.images * len(self._prompts)  # through the transformer, a step
 
     # What the choice turns on

@@ -26,9 +26,9 @@ def scale(vae: Any) -> int:
 def decode(vae: Any, cells: torch.Tensor, unscale: Unscale, strips: int = 1) -> Image.Image:
     """One picture's latent cells, [1, channels, 1, height, width], to its RGB or RGBA picture.
 
-    `strips`: how many parts, of whole rows of cells, a single-frame decoder works in. More take
-    less memory and more time; the picture is the same within rounding. Raises ValueError where
-    the decoder is diffusers' own, which has no strips, or where the rows are too few.
+    `strips`: how many parts, one below the other, a single-frame decoder works in. More take less
+    memory and more time; the picture is the same within rounding. Raises ValueError where the
+    decoder is diffusers' own, which has no strips, or where there are more than rows of cells.
     Source: the end of QwenImagePipeline.__call__.
     """
     cells = cells.to(vae.dtype)
@@ -51,10 +51,9 @@ def make_single_frame(vae: Any, decoding: Decoding, faithful: bool) -> None:
     """Turn the VAE's decoder, in place, into one for a single frame: faster, within rounding, and
     in less memory. `vae.decode` does not work afterwards; `decode` does.
 
-    `decoding`: how far it works on the whole frame, before it goes on in strips.
-    `faithful`: a convolution stays the operation that diffusers calls where a GPU's kernels for
-    the shorter one add in another order, so that bfloat16 is rounded to the same numbers. That is
-    slower.
+    `decoding`: how it works in strips. `faithful`: a convolution stays the operation that diffusers
+    calls where a GPU's kernels for the shorter one add in another order, so that bfloat16 is
+    rounded to the same numbers. That is slower.
     """
     vae.decoder = _Decoder(vae.post_quant_conv, vae.decoder, decoding, faithful)
 
@@ -96,8 +95,8 @@ class _Decoder(nn.Module):
     The head sees the whole frame at the size of the latents, because of its attention. Each part
     of the tail sees a few rows around a row (`needs`), so it can run on strips of the frame. Not
     all do: on few pixels cuDNN takes another kernel for another height, which adds in another
-    order. So the first parts work on the whole frame, and the next ones on bands of it (`Decoding`),
-    of which those rows are held that the next strip sees.
+    order. So the first parts work on the whole frame, and the next ones on bands of it
+    (`Decoding`), of which those rows are held that the next strip sees.
 
     In float32 weights and numbers are channels-last, which is faster. In bfloat16 they are not: it
     would change the order of sums, and so deep in bfloat16 one rounding grows to several levels.
@@ -142,7 +141,9 @@ class _Decoder(nn.Module):
         """[1, z, height, width] to `count` times [1, 3 or 4, rows, width], from top to bottom."""
         if not 1 <= count <= cells.shape[2]:
             raise ValueError(f"{cells.shape[2]} rows of latent cells don't make {count} strips")
-        decoding, height = self._decoding, cells.shape[2] * self._decoding.cell
+        decoding = self._decoding
+        height = cells.shape[2] * decoding.cell  # of the picture, in pixels
+        tall = height // decoding.band_cell  # what the bands make, in its own
         for conv in self._in_strips:
             conv.sees_zeros = count == 1
         frame = self.head(cells.contiguous(memory_format=self._format))
@@ -152,18 +153,18 @@ class _Decoder(nn.Module):
         for part in self._parts[: self._start]:
             frame = part(frame)
         into_bands, parts = self._parts[self._start : self._middle], self._parts[self._middle :]
-        cell, pixels = decoding.band_cell, cells[0, 0].numel() * decoding.cell**2
-        bands = iter(_cut(height // cell, decoding.bands(pixels)))
+        bands = iter(_cut(tall, decoding.bands(cells[0, 0].numel() * decoding.cell**2)))
         start, end = band = next(bands)
-        window = self._strip(into_bands, frame, band, height // cell)
-        for first, last in _cut(height // cell, count):
-            rows = first * cell, last * cell
+        window = self._strip(into_bands, frame, band, tall)
+        for first, last in _cut(tall, count):
+            rows = first * decoding.band_cell, last * decoding.band_cell
             low, high = _needs(parts, rows, height)[0]
             window, start = window[:, :, low - start :], low
-            while end < high:
+            if end < high:
                 window = window.clone()  # only these rows of it live on
+            while end < high:
                 _, end = band = next(bands)
-                made = self._strip(into_bands, frame, band, height // cell)
+                made = self._strip(into_bands, frame, band, tall)
                 window = torch.cat([window, made], dim=2)
                 del made
             yield self._strip(parts, window, rows, height, start)
@@ -203,9 +204,9 @@ def _needs(parts: Sequence[_Part], rows: Rows, height: int) -> list[Rows]:
 
 class _Conv(_Layer):
     """A convolution. For one frame a causal 3D convolution is the 2D one with its last temporal
-    tap: the others only see the zeros before the first frame. A `faithful` one `sees_zeros`, or is
-    3D without them: for more products at the end of a frame cuDNN adds in parts, so that they would
-    depend on where a strip ends. Source: QwenImageCausalConv3d, QwenImage21CausalConv3d."""
+    tap: the others only see the zeros before the first frame. A `faithful` one stays 3D; in strips
+    it `sees_zeros` no longer, because with them cuDNN splits the sums at the end of a frame, which
+    would move with the strip. Source: QwenImageCausalConv3d, QwenImage21CausalConv3d."""
 
     def __init__(self, conv: Any, faithful: bool = False) -> None:
         super().__init__()
@@ -225,11 +226,11 @@ class _Conv(_Layer):
             return functional.conv2d(frame, self.weight, self.bias, padding=self.padding)
         if self.weight.ndim == 4:
             return functional.conv2d(functional.pad(frame, self._causal), self.weight, self.bias)
-        taps, causal = self.weight, self._causal
-        if not self.sees_zeros:
-            taps, causal = taps[:, :, -1:], causal[:4]
-        frames = functional.pad(frame[:, :, None], causal)
-        return functional.conv3d(frames, taps, self.bias)[:, :, 0]
+        if self.sees_zeros:
+            frames = functional.pad(frame[:, :, None], self._causal)
+            return functional.conv3d(frames, self.weight, self.bias)[:, :, 0]
+        frames = functional.pad(frame[:, :, None], self._causal[:4])
+        return functional.conv3d(frames, self.weight[:, :, -1:], self.bias)[:, :, 0]
 
 
 class _Norm(_Layer):
