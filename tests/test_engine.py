@@ -367,20 +367,21 @@ def test_a_prompt_that_is_not_read_to_its_end_leaves_no_slots(
     engine.release()
 
 
-def test_a_run_is_cancelled_between_the_decoding_of_two_pictures(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("single_frame", [True, False], ids=["ours", "diffusers'"])
+def test_a_run_is_cancelled_within_a_layer_of_decoding(folder: Path, single_frame: bool) -> None:
     engine = Engine(locate(str(folder), load_catalog(), Path()))
-    plain, decoded = vae.decode, []
-
-    def decode(*args: Any) -> Any:
-        decoded.append(plain(*args))
-        return decoded[-1]
-
-    monkeypatch.setattr(vae, "decode", decode)
+    way = plan().model_copy(update={"single_frame": single_frame})
+    draw(engine, [way], [])
+    assert engine._parts
+    layers = [each for each in engine._parts.vae.decoder.modules() if not [*each.children()]]
+    begun: list[int] = []
+    for number, layer in enumerate(layers):
+        layer.register_forward_pre_hook(lambda *_, number=number: begun.append(number))
+    draw(engine, [way], [])
+    whole, begun[:] = begun[:], []
     with pytest.raises(Cancelled):
-        engine.run(REQUEST, [plan()], lambda _: None, lambda: bool(decoded))
-    assert len(decoded) == 1
+        engine.run(REQUEST, [way], lambda _: None, lambda: len(begun) >= 5)
+    assert begun == whole[:5]
     engine.release()
 
 

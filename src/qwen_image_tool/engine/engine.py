@@ -176,10 +176,10 @@ class Engine:
             # 5. From latents to pixels, one picture at a time
             with watch.phase("decode"):
                 cells = family.unpack(latents, grid)
-                drawn = []
-                for cell in cells:
-                    reader.check()
-                    drawn.append(vae.decode(parts.vae, cell[None], family.unscale, plan.strips))
+                drawn = [
+                    vae.decode(parts.vae, cell[None], family.unscale, plan.strips, reader.check)
+                    for cell in cells
+                ]
                 images = [vae.crop_centre(image, request.size) for image in drawn]
                 for image in images if plan.mode != "exact" else ():
                     check_image(image)

@@ -1,6 +1,7 @@
 """Latents -> pixels."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -23,19 +24,28 @@ def scale(vae: Any) -> int:
     return int(2 ** len(vae.temperal_downsample))
 
 
-def decode(vae: Any, cells: torch.Tensor, unscale: Unscale, strips: int = 1) -> Image.Image:
+def decode(
+    vae: Any,
+    cells: torch.Tensor,
+    unscale: Unscale,
+    strips: int = 1,
+    check: Callable[[], None] | None = None,
+) -> Image.Image:
     """One picture's latent cells, [1, channels, 1, height, width], to its RGB or RGBA picture.
 
     `strips`: how many parts, one below the other, a single-frame decoder works in. More take less
     memory and more time; the picture is the same within rounding. Raises ValueError where the
-    decoder is diffusers' own, which has no strips, or where there are more than rows of cells.
+    decoder is diffusers' own, which has no strips, or where there are more than rows of cells; and
+    what `check` raises, which is asked before each layer.
     Source: the end of QwenImagePipeline.__call__.
     """
     cells = cells.to(vae.dtype)
     shape = (1, vae.config.z_dim, 1, 1, 1)
     mean = torch.tensor(vae.config.latents_mean).view(shape).to(cells)
     std = torch.tensor(vae.config.latents_std).view(shape).to(cells)
-    return Image.fromarray(levels(vae, unscale(cells, mean, std), strips).cpu().numpy())
+    with _asked(vae.decoder, check) if check else nullcontext():
+        made = levels(vae, unscale(cells, mean, std), strips)
+    return Image.fromarray(made.cpu().numpy())
 
 
 def levels(vae: Any, cells: torch.Tensor, strips: int = 1) -> torch.Tensor:
@@ -62,6 +72,18 @@ def crop_centre(image: Image.Image, size: Size) -> Image.Image:
     """The centre of a picture that was worked at the next multiple up."""
     left, top = (image.width - size.width) // 2, (image.height - size.height) // 2
     return image.crop((left, top, left + size.width, top + size.height))
+
+
+@contextmanager
+def _asked(decoder: nn.Module, check: Callable[[], None]) -> Iterator[None]:
+    """`check` is called before each of the decoder's layers."""
+    layers = [layer for layer in decoder.modules() if not [*layer.children()]]
+    hooks = [layer.register_forward_pre_hook(lambda *_: check()) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _levels(pixels: torch.Tensor) -> torch.Tensor:
