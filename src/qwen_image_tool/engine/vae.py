@@ -165,7 +165,7 @@ class _Decoder(nn.Module):
             raise ValueError(f"{cells.shape[2]} rows of latent cells don't make {count} strips")
         decoding = self._decoding
         height = cells.shape[2] * decoding.cell  # of the picture, in pixels
-        tall = height // decoding.band_cell  # what the bands make, in its own
+        tall = height // decoding.band_cell  # the same in pixels of the bands
         for conv in self._in_strips:
             conv.sees_zeros = count == 1
         frame = self.head(cells.contiguous(memory_format=self._format))
