@@ -137,6 +137,25 @@ def test_strips_give_the_same_picture(pair: tuple[Any, Any], shape: tuple[int, i
             torch.testing.assert_close(pixels(ours, latents, strips), numbers, rtol=0, atol=2e-5)
 
 
+@torch.inference_mode()
+def test_a_vae_that_doubles_once_more_gives_the_same_picture() -> None:
+    """As that of the practice model does."""
+    torch.manual_seed(4)
+    model = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=16,
+        dim_mult=[1, 2, 2, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False] * 4,
+    ).eval()
+    latents = cells(model, 6, 4)
+    expected = levels(model, latents)
+    assert expected.shape == (96, 64, 3)
+    vae.make_single_frame(model, DECODINGS["qwen-image"], faithful=False)
+    for strips in (1, 2, 5):
+        assert apart(levels(model, latents, strips), expected) <= 1
+
+
 @pytest.mark.parametrize("band", [4, 40, 150], ids="of {} pixels".format)
 def test_bands_give_the_same_picture(
     pair: tuple[Any, Any], band: int, monkeypatch: pytest.MonkeyPatch

@@ -50,16 +50,15 @@ class Decoding:
         return self.cell >> self.band_depth // 2
 
     def bands(self, pixels: int) -> int:
-        """How many a picture of so many pixels is worked in, one after the other."""
-        whole = self.band_depth == self.depth
-        return 1 if whole else max(1, pixels // self.band_cell**2 // BAND)
+        """How many make a frame of so many pixels of their own, one after the other."""
+        return 1 if self.band_depth == self.depth else max(1, pixels // BAND)
 
     def bytes(self, size: Size, strips: int) -> int:
         """The most that a decode in this many strips holds at a time."""
         if strips == 1:
             return self.piece * size.pixels
         rows = -(-size.height // self.band_cell // strips) * self.band_cell + self.margin
-        bands = self.bands(size.pixels)
+        bands = self.bands(size.pixels // self.band_cell**2)
         band = -(-size.height // bands)
         over = rows if bands > 1 else 0  # rows of the band before, which the next strip sees
         in_bands = self.band * over + self.making * min(size.height, band + self.margin)

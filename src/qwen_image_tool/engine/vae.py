@@ -1,5 +1,6 @@
 """Latents -> pixels."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import pairwise
@@ -163,9 +164,7 @@ class _Decoder(nn.Module):
         """[1, z, height, width] to `count` times [1, 3 or 4, rows, width], from top to bottom."""
         if not 1 <= count <= cells.shape[2]:
             raise ValueError(f"{cells.shape[2]} rows of latent cells don't make {count} strips")
-        decoding = self._decoding
-        height = cells.shape[2] * decoding.cell  # of the picture, in pixels
-        tall = height // decoding.band_cell  # the same in pixels of the bands
+        height = cells.shape[2] * _factor(self._parts)
         for conv in self._in_strips:
             conv.sees_zeros = count == 1
         frame = self.head(cells.contiguous(memory_format=self._format))
@@ -175,11 +174,12 @@ class _Decoder(nn.Module):
         for part in self._parts[: self._start]:
             frame = part(frame)
         into_bands, parts = self._parts[self._start : self._middle], self._parts[self._middle :]
-        bands = iter(_cut(tall, decoding.bands(cells[0, 0].numel() * decoding.cell**2)))
+        tall, wide = (side * _factor(into_bands) for side in frame.shape[2:])
+        bands = iter(_cut(tall, self._decoding.bands(tall * wide)))
         start, end = band = next(bands)
         window = self._strip(into_bands, frame, band, tall)
         for first, last in _cut(tall, count):
-            rows = first * decoding.band_cell, last * decoding.band_cell
+            rows = first * _factor(parts), last * _factor(parts)
             low, high = _needs(parts, rows, height)[0]
             window, start = window[:, :, low - start :], low
             if end < high:
@@ -205,6 +205,11 @@ class _Decoder(nn.Module):
             frame = frame.contiguous(memory_format=self._format)
             start = low
         return frame
+
+
+def _factor(parts: Sequence[_Part]) -> int:
+    """How many rows they make of one, and columns."""
+    return math.prod(part.factor for part in parts)
 
 
 def _cut(height: int, count: int) -> list[Rows]:
