@@ -33,7 +33,10 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def test(arguments: Sequence[str]) -> list[list[str]]:
-    return [python("pytest", *arguments)]
+    """All of them in several processes, a file in one of them; in their order, because the browser
+    of the page's tests, which come last, keeps its process's event loop."""
+    spread = ("--numprocesses=logical", "--maxprocesses=4", "--dist=loadfile")
+    return [python("pytest", *(arguments or (*spread, "--no-loadscope-reorder")))]
 
 
 def browser() -> bool:
