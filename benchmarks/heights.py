@@ -75,9 +75,9 @@ def line(conv: vae._Conv, frame: torch.Tensor) -> str:
         start = (height - rows) // 2
         strip = conv(frame[:, :, start : start + rows].contiguous())[:, :, 1:-1]
         kept.append((rows, torch.equal(strip, whole[:, :, start + 1 : start + rows - 1])))
-    runs = [[rows for rows, _ in run] for _, run in groupby(kept, key=lambda each: each[1])]
-    first = kept[0][1]
-    words = [f"{run[0]}-{run[-1]}" for run in runs[0 if first else 1 :: 2]]
+    groups = groupby(kept, key=lambda each: each[1])
+    runs = [[rows for rows, _ in run] for keeps, run in groups if keeps]
+    words = [f"{run[0]}-{run[-1]}" for run in runs]
     shape = "x".join(map(str, conv.weight.shape))
     return f"{shape}{' faithful' if conv.faithful else ''}, {height}: {' '.join(words) or 'none'}"
 

@@ -1,6 +1,6 @@
 """The developer's commands behind `./qit test|check|fix`; run by the Python of .venv.
 
-test [pytest arguments]   the tests
+test [pytest arguments]   the tests; without arguments in several processes
 check                     all that can be checked without running the program
 fix                       what ruff can repair itself
 """

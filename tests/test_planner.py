@@ -342,7 +342,7 @@ def test_seconds_are_those_of_the_slower_of_bus_and_computation() -> None:
     assert plan(device("cuda", 64, 4)).seconds is None, "no rate is known"
 
 
-# An H100, docs/benchmarks.md: seconds of a step, both CFG halves; of 2.1 a cached step
+# An H100, by benchmarks/any_card.py: seconds of a step, both CFG halves; of 2.1 a cached step
 MEASURED = [
     (FULL, 1328, False, 0.627),
     (FULL, 1328, True, 0.482),

@@ -186,9 +186,7 @@ class _Decoder(nn.Module):
                 window = window.clone()  # only these rows of it live on
             while end < high:
                 _, end = band = next(bands)
-                made = self._strip(into_bands, frame, band, tall)
-                window = torch.cat([window, made], dim=2)
-                del made
+                window = torch.cat([window, self._strip(into_bands, frame, band, tall)], dim=2)
             yield self._strip(parts, window, rows, height, start)
 
     def _strip(
