@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen_image_tool.errors import TROUBLES, trouble_in
+from qwen_image_tool.errors import TROUBLES, trouble_in, trouble_of
 from qwen_image_tool.exits import explain, oom_kills
 from qwen_image_tool.supervisor import Exit, WorkerProcess
 
@@ -30,6 +30,9 @@ from qwen_image_tool.supervisor import Exit, WorkerProcess
         (1, "CUDA error: an illegal memory access", 0, None, "GPU failed", "exit code 1"),
         (1, "DefaultCPUAllocator: can't allocate memory", 0, None, "memory", "exit code 1"),
         (1, "SystemError: error return without exception set", 0, None, "memory", "exit code 1"),
+        (1, "OpenBLAS error: Memory allocation still failed", 0, None, "memory", "exit code 1"),
+        (-6, "Fatal glibc error: failed ...: out of memory", 0, None, "memory", "SIGABRT"),
+        (-11, "libgomp: Thread creation failed: Resource", 0, None, "memory", "SIGSEGV"),
         (1, "OSError: [Errno 28] No space left on device", 0, None, "disk full", "exit code 1"),
         (1, "PermissionError: [Errno 13]", 0, None, "not writable", "exit code 1"),
         (1, "The NVIDIA driver on your system is too old", 0, None, "old driver", "exit code"),
@@ -43,6 +46,37 @@ def test_explain(code: int, output: str, oom: int, phase: str, kind: str, spelle
     assert spelled in failure.message
     assert failure.hint
     assert failure.kept
+
+
+# As CPython, the loader of shared libraries, numpy and diffusers raise where memory runs out
+SYSTEM_ERROR = "<function _find_and_load at 0x7f> returned NULL without setting an exception"
+NO_ROOM = "libgomp.so.1: failed to map segment from shared object"
+
+
+@pytest.mark.parametrize(
+    ("came_from", "error", "known"),
+    [
+        (None, SystemError(SYSTEM_ERROR), ("memory", SYSTEM_ERROR)),
+        (None, MemoryError(), ("memory", "MemoryError")),
+        (ImportError(NO_ROOM), ImportError("\n\nIMPORTANT: READ THIS"), ("memory", NO_ROOM)),
+        (None, ImportError(f"\nIMPORTANT: READ THIS\n\n {NO_ROOM}"), ("memory", NO_ROOM)),
+        (MemoryError(), OSError("Unable to load weights"), ("memory", "MemoryError")),
+        (ValueError("a"), OSError("\n \nUnable to load\nit"), (None, "Unable to load")),
+    ],
+)
+def test_an_error_says_what_it_came_from(
+    came_from: Exception | None, error: Exception, known: tuple[str | None, str]
+) -> None:
+    error.__context__ = came_from
+    assert trouble_of(error) == known
+    error.__context__, error.__cause__ = None, came_from
+    assert trouble_of(error) == known
+
+
+def test_an_error_says_nothing_of_one_that_was_put_aside() -> None:
+    error = OSError("The name is wrong")
+    error.__context__, error.__suppress_context__ = MemoryError(), True
+    assert trouble_of(error) == (None, "The name is wrong")
 
 
 def test_the_table_is_whole() -> None:

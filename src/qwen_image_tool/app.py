@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_image_tool import __version__, device, doctor, gallery, planner, store
 from qwen_image_tool.catalog import Model, load_catalog
-from qwen_image_tool.errors import BadRequest, CannotRun, ToolError
+from qwen_image_tool.errors import BadRequest, CannotRun, ToolError, memory_told
 from qwen_image_tool.files import DiskMeter
 from qwen_image_tool.gallery.infotext import recalled
 from qwen_image_tool.libraries import LibraryFiles
@@ -325,10 +325,11 @@ class App:
             reading.enter_context(libraries.imported())
             weights = reading.enter_context(ExitStack())
             weights.enter_context(read_ahead(_wanted(installed), disk))
-            from qwen_image_tool.engine.engine import Engine
-            from qwen_image_tool.engine.probe import torch_facts
+            with memory_told("Close other programs; on Windows make the page file larger, too."):
+                from qwen_image_tool.engine.engine import Engine
+                from qwen_image_tool.engine.probe import torch_facts
 
-            facts = torch_facts()
+                facts = torch_facts()
             self._engine = Engine(installed, self.settings.cache, self._previews)
             self._device = self._measured(device.probe(facts), emit, weights)
         return self._device

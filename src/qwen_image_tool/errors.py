@@ -7,6 +7,9 @@ died), and what was kept.
 
 import errno
 import re
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -130,7 +133,9 @@ _SAID: tuple[tuple[str, TroubleKind], ...] = (
     (r"MPS backend out of memory|ERROR_OUT_OF_DEVICE_MEMORY", "gpu memory"),  # Apple's; Intel's
     (r"could not create a primitive$|can't start new thread", "memory"),  # oneDNN's; Python's
     (r"MemoryError|DefaultCPUAllocator|[Cc]annot allocate memory|std::bad_alloc", "memory"),
-    (r"SystemError: error return without exception set", "memory"),  # Python's, in a hook
+    (r"failed to map segment from shared object|glibc error: .*out of memory", "memory"),
+    (r"OpenBLAS error: Memory allocation|libgomp: Thread creation failed", "memory"),
+    (r"SystemError: .*without (setting an exception|exception set)", "memory"),  # Python's own
     (r"NVIDIA driver on your system is too old|driver version is insufficient", "old driver"),
     (r"Torch not compiled with CUDA enabled|no kernel image is available", "torch without GPU"),
     (r"torch was built without support for", "torch without GPU"),
@@ -140,6 +145,7 @@ _SAID: tuple[tuple[str, TroubleKind], ...] = (
 )
 
 
+MEMORY: frozenset[TroubleKind | None] = frozenset(("gpu memory", "memory"))  # that ran out
 _SENTENCE_ENDS = re.compile(r"(?<=[.!?]) (?=[A-Z`(])")
 
 
@@ -152,6 +158,39 @@ def trouble_in(output: str) -> TroubleKind | None:
     """What the last output of a process says went wrong; None where it says nothing known."""
     found = (kind for pattern, kind in _SAID if re.search(pattern, output, re.MULTILINE))
     return next(found, None)
+
+
+def trouble_of(error: BaseException) -> tuple[TroubleKind | None, str]:
+    """What an error says went wrong, or the first that it came from which says something known; and
+    the line that says it. Libraries wrap their errors: where memory ran out, numpy gives general
+    advice, and diffusers tells of a file that can't be loaded."""
+    each: BaseException | None = error
+    while each is not None:
+        if kind := trouble_in("".join(traceback.format_exception_only(each))):
+            return kind, next((row for row in _rows(each) if trouble_in(row)), first_line(each))
+        each = each.__cause__ or (None if each.__suppress_context__ else each.__context__)
+    return None, first_line(error)
+
+
+def first_line(error: BaseException) -> str:
+    """Of those that an error has; the name of its type where it has none."""
+    return next(_rows(error), type(error).__name__)
+
+
+def _rows(error: BaseException) -> Iterator[str]:
+    return filter(None, (row.strip() for row in str(error).splitlines()))
+
+
+@contextmanager
+def memory_told(hint: str) -> Iterator[None]:
+    """Turn what Python, torch and the system raise where memory runs out into OutOfMemory."""
+    try:
+        yield
+    except (ImportError, MemoryError, OSError, RuntimeError, SystemError) as error:
+        kind, said = trouble_of(error)
+        if kind not in MEMORY:
+            raise
+        raise OutOfMemory(f"The memory ran out. {said.rstrip('.')}.", hint, kind) from error
 
 
 class ToolError(Exception):

@@ -10,13 +10,12 @@ import os
 import queue
 import sys
 import threading
-import traceback
 from pathlib import Path
 from typing import BinaryIO
 
 from qwen_image_tool import logs
 from qwen_image_tool.app import App
-from qwen_image_tool.errors import Cancelled, OutOfMemory, ToolError, trouble_in
+from qwen_image_tool.errors import Cancelled, OutOfMemory, ToolError, trouble_of
 from qwen_image_tool.lifeline import ORPHANED, die_with_parent, private_stdout
 from qwen_image_tool.messages import (
     Failed,
@@ -108,9 +107,8 @@ class Worker:
 def unforeseen(error: Exception) -> Failure:
     """What the table says of an error that no part of ours explains; the log has all of it."""
     _log.error("The run failed: %s", error, exc_info=error)
-    text = "".join(traceback.format_exception(error))
-    first = next((row for row in str(error).splitlines() if row.strip()), type(error).__name__)
-    return Failure.from_table(trouble_in(text) or "other", f"({first.strip()[:300]})")
+    kind, said = trouble_of(error)
+    return Failure.from_table(kind or "other", f"({said[:300]})")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import gc
 import itertools
 import math
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
@@ -32,12 +31,14 @@ from qwen_image_tool.engine.checks import SAFER, check_image, check_latents
 from qwen_image_tool.engine.denoise import Latents, denoise, noise, schedule
 from qwen_image_tool.engine.sketch import Show, Sideshow, Sketch
 from qwen_image_tool.errors import (
+    MEMORY,
     BrokenPicture,
     Cancelled,
     ModelMissing,
     OutOfMemory,
-    TroubleKind,
-    trouble_in,
+    first_line,
+    memory_told,
+    trouble_of,
 )
 from qwen_image_tool.files import DiskMeter
 from qwen_image_tool.store import Installed
@@ -262,7 +263,7 @@ class _Parts:
                 self._tensor_cache("modulation", installed.transformer, MODULATION_LIMIT),
             )
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            if _memory_in(error):
+            if trouble_of(error)[0] in MEMORY:
                 raise
             raise ModelMissing(
                 f"The model in {folder} can't be loaded: {error}.", "Download it again."
@@ -467,28 +468,12 @@ def limit_memory(device: torch.device, limit: int) -> None:
 @contextmanager
 def _errors(plan: Plan) -> Iterator[None]:
     """What torch and the system raise, in words for people."""
-    try:
-        yield
-    except (RuntimeError, MemoryError, OSError) as error:
-        if memory := _memory_in(error):
-            raise OutOfMemory(
-                f"The memory ran out. {_first_line(error)}".strip(),
-                "Close other programs, or choose a smaller --size.",
-                memory,
+    with memory_told("Close other programs, or choose a smaller --size."):
+        try:
+            yield
+        except RuntimeError as error:
+            if not plan.attention or trouble_of(error)[0] in MEMORY:
+                raise
+            raise BrokenPicture(
+                f"Attention by {plan.attention} does not work here. {first_line(error)}", SAFER
             ) from error
-        if isinstance(error, OSError) or not plan.attention:
-            raise
-        raise BrokenPicture(
-            f"Attention by {plan.attention} does not work here. {_first_line(error)}".strip(), SAFER
-        ) from error
-
-
-def _memory_in(error: BaseException) -> TroubleKind | None:
-    """Which memory ran out, if that is what an error says: torch and its libraries raise a
-    RuntimeError of many words, and memory that is mapped an OSError."""
-    found = trouble_in("".join(traceback.format_exception_only(error)))
-    return found if found in ("gpu memory", "memory") else None
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0]
