@@ -201,7 +201,6 @@ def family(
             traffic(name, timed["deep compiled"], timed["shallow compiled"], rates), 1
         ),
         decode_slack=round(max(1.0, slack), 3),
-        vae_parameters=load_catalog().find(name).components["vae"].parameters,
         decode_flop=round(deep["decode_flop"] / pixels),
         decode_traffic=round(decoding * rates.memory / pixels),
     )

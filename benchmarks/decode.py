@@ -149,6 +149,7 @@ class Bench:
             made = CLASSES[family](**NARROW[family] if options.small else {})
         self.theirs = made.to(torch.bfloat16).eval().requires_grad_(False)
         self.ours = copy.deepcopy(self.theirs)
+        vae.keep_decoder(self.ours)
         vae.make_single_frame(self.ours, DECODINGS[family], faithful=self.on_gpu)
         cell = vae.scale(made)
         cells = (1, made.config.z_dim, 1, size.height // cell, size.width // cell)

@@ -367,6 +367,15 @@ def test_a_prompt_that_is_not_read_to_its_end_leaves_no_slots(
     engine.release()
 
 
+def test_what_reads_pixels_is_not_kept(folder: Path) -> None:
+    engine = Engine(locate(str(folder), load_catalog(), Path()))
+    draw(engine, [plan().model_copy(update={"single_frame": False})], [])
+    assert engine._parts
+    kept = sum(weight.numel() for weight in engine._parts.vae.parameters())
+    assert kept == engine.installed.decoder_parameters
+    engine.release()
+
+
 @pytest.mark.parametrize("single_frame", [True, False], ids=["ours", "diffusers'"])
 def test_a_run_is_cancelled_within_a_layer_of_decoding(folder: Path, single_frame: bool) -> None:
     engine = Engine(locate(str(folder), load_catalog(), Path()))

@@ -27,7 +27,7 @@ SMALL = FULL.model_copy(
             {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4}
             | {"num_attention_heads": 3, "num_key_value_heads": 1}
         ),
-        "vae_parameters": 5 << 19,
+        "decoder_parameters": 3 << 19,
     }
 )
 RATES = card("4060ti").rates
@@ -295,7 +295,7 @@ def test_exact_mode_keeps_what_diffusers_does() -> None:
     tight = plan(device("cuda", 64, 4, rates=rates), mode="exact")
     assert (tight.single_frame, tight.strips) == (True, 1)
     assert any("one level of 255" in reason for reason in tight.reasons)
-    tighter = plan(device("cuda", 64, 3.5, rates=rates), mode="exact")
+    tighter = plan(device("cuda", 64, 3.3, rates=rates), mode="exact")
     assert tighter.strips > 1
     assert any("two levels of 255" in reason for reason in tighter.reasons)
 

@@ -53,6 +53,7 @@ def pair(family: str, request: pytest.FixtureRequest) -> tuple[Any, Any]:
             weight.data.add_(0.3 * torch.randn_like(weight))
     theirs = theirs.to(dtype)
     ours = copy.deepcopy(theirs)
+    vae.keep_decoder(ours)
     vae.make_single_frame(ours, DECODINGS[family], faithful)
     return theirs, ours
 
@@ -229,6 +230,23 @@ def test_diffusers_own_takes_twice_that_and_more(family: str) -> None:
     latents = cells(model, size.height // decoding.cell, size.width // decoding.cell)
     peak = peak_bytes(lambda: vae.levels(model, latents), [*model.parameters(), latents])
     assert 2 * decoding.bytes(size, strips=1) < peak <= decoding.whole * size.pixels
+
+
+def test_the_decoder_alone_is_kept(family: str) -> None:
+    model, published = full_size(family), DECODINGS[family].parameters
+    vae.keep_decoder(model)
+    assert sum(weight.numel() for weight in model.parameters()) == published
+    vae.make_single_frame(model, DECODINGS[family], faithful=True)
+    kept = sum(weight.numel() for weight in model.parameters())
+    assert 0.9 * published < kept <= published, "what only other frames need is gone"
+
+
+@torch.inference_mode()
+def test_diffusers_own_decodes_without_the_encoder(family: str) -> None:
+    whole = MAKE[family]().eval().requires_grad_(False)
+    alone = copy.deepcopy(whole)
+    vae.keep_decoder(alone)
+    assert np.array_equal(levels(whole, cells(whole, 6, 4)), levels(alone, cells(alone, 6, 4)))
 
 
 def test_more_strips_than_take_less_are_none(family: str) -> None:

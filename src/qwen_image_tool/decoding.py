@@ -16,6 +16,8 @@ class Decoding:
     """How a single-frame decoder works on a picture in strips, and its working memory in bfloat16,
     beside its weights and what its kernels take.
 
+    `parameters`: of the published decoder and of the convolution before it.
+
     `cell`: pixels a side of one latent cell. `depth`: how many halves of the blocks that double the
     frame, each of them its residual blocks and the doubling, work on the whole frame; from there to
     `band_depth` they work on bands of it, and the rest on strips.
@@ -31,6 +33,7 @@ class Decoding:
     take the time.
     """
 
+    parameters: int
     cell: int
     depth: int
     band_depth: int
@@ -81,6 +84,7 @@ class Decoding:
 # take more for themselves than those of the others, with that
 DECODINGS = {
     "qwen-image": Decoding(
+        parameters=73_295_603,
         cell=8,
         depth=2,
         band_depth=2,
@@ -95,6 +99,7 @@ DECODINGS = {
         seam=32,
     ),
     "qwen-image-2.1": Decoding(
+        parameters=259_048_212,
         cell=16,
         depth=3,
         band_depth=5,

@@ -129,7 +129,7 @@ class Needs:
         layers = model.text_layers
         kept = wide * (
             outer_bytes(model)
-            + 2 * model.vae_parameters
+            + 2 * model.decoder_parameters
             + way.blocks.resident * model.blocks.bytes
             + way.text.resident * layers.bytes
         )
@@ -244,10 +244,10 @@ class Needs:
         rates = self._rates(way)
         if not rates.matmul:
             return None
-        family, seam = self._family, DECODINGS[self.installed.model.family].seam
-        again = 1 + seam * (way.strips - 1) / self.working.height
+        family, decoding = self._family, DECODINGS[self.installed.model.family]
+        again = 1 + decoding.seam * (way.strips - 1) / self.working.height
         # A smaller VAE has narrower layers: products go by the square of the width, traffic by it
-        share = self.installed.vae_parameters / family.vae_parameters
+        share = self.installed.decoder_parameters / decoding.parameters
         products = share * family.decode_flop / rates.matmul
         pixel = products + math.sqrt(share) * family.decode_traffic / self._memory_rate(way)
         return self.request.images * self.working.pixels * pixel * again

@@ -23,8 +23,7 @@ class FamilyCosts(Value):
     decode_slack: float = Field(
         description="Memory of our own decoder, as a multiple of its tensors: kernels work in it"
     )
-    vae_parameters: int = Field(description="Of the VAE that the next two were measured with")
-    decode_flop: float = Field(description="To decode one pixel")
+    decode_flop: float = Field(description="To decode one pixel, by the published VAE")
     decode_traffic: float = Field(description="Bytes that decoding one pixel reads and writes")
 
 

@@ -247,9 +247,9 @@ class _Parts:
             self.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
             positions = text.positions(self._text_folder)
             self._known = self._tensor_cache("embeddings", self._text_folder, EMBEDDINGS_LIMIT)
-            self.vae = (
-                family.VAE.from_pretrained(folder / "vae", dtype=self.dtype).to(self.device).eval()
-            )
+            self.vae = family.VAE.from_pretrained(folder / "vae", dtype=self.dtype).eval()
+            vae.keep_decoder(self.vae)
+            self.vae.to(self.device)
             if plan.single_frame:
                 on_gpu = plan.device not in ("cpu", "mps")
                 decoding = DECODINGS[installed.model.family]

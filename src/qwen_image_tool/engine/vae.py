@@ -58,6 +58,12 @@ def levels(vae: Any, cells: torch.Tensor, strips: int = 1) -> torch.Tensor:
     return _levels(vae.decode(cells, return_dict=False)[0][:, :, 0])
 
 
+def keep_decoder(vae: Any) -> None:
+    """Let go of what reads pixels, in place: making them does without. `vae.encode` does not work
+    afterwards."""
+    vae.encoder, vae.quant_conv = nn.Identity(), nn.Identity()
+
+
 def make_single_frame(vae: Any, decoding: Decoding, faithful: bool) -> None:
     """Turn the VAE's decoder, in place, into one for a single frame: faster, within rounding, and
     in less memory. `vae.decode` does not work afterwards; `decode` does.

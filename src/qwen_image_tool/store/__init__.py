@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import Field
 
 from qwen_image_tool.catalog import DEFAULT_MODEL, Catalog, Family, Model, did_you_mean
+from qwen_image_tool.decoding import DECODINGS
 from qwen_image_tool.errors import BadRequest, ModelBroken, ModelMissing, ModelUnsupported
 from qwen_image_tool.store import verify
 from qwen_image_tool.store.formats import (
@@ -53,7 +54,7 @@ class Installed(Value):
     bytes: dict[str, int]
     blocks: Blocks = Field(description="Of the transformer")
     text_layers: Blocks = Field(description="Of the text encoder's language model")
-    vae_parameters: int = Field(description="How many; published as bfloat16 or float32")
+    decoder_parameters: int = Field(description="Of the VAE, what makes pixels")
 
     @property
     def transformer(self) -> Path:
@@ -174,7 +175,7 @@ def as_published(model: Model, transformer_bytes: int | None = None) -> Installe
         bytes=sizes if transformer_bytes is None else sizes | {"transformer": transformer_bytes},
         blocks=blocks_of({}, model.family),
         text_layers=text_layers_of({}, model.family),
-        vae_parameters=model.components["vae"].parameters,
+        decoder_parameters=DECODINGS[model.family].parameters,
     )
 
 
@@ -229,7 +230,7 @@ def inspect(
         bytes=sizes | {"transformer": _as_bfloat16(headers["transformer"])},
         blocks=blocks,
         text_layers=text_layers,
-        vae_parameters=_parameters(headers["vae"]),
+        decoder_parameters=_parameters(headers["vae"], ("decoder.", "post_quant_conv.")),
     )
 
 
@@ -375,8 +376,10 @@ def _tensors(headers: list[Header]) -> dict[str, Stored]:
     return {name: stored for header in headers for name, stored in header.tensors.items()}
 
 
-def _parameters(headers: list[Header]) -> int:
-    return sum(math.prod(t.shape) for header in headers for t in header.tensors.values())
+def _parameters(headers: list[Header], prefixes: tuple[str, ...] = ("",)) -> int:
+    """Of the tensors whose names begin so."""
+    tensors = (named for header in headers for named in header.tensors.items())
+    return sum(math.prod(tensor.shape) for name, tensor in tensors if name.startswith(prefixes))
 
 
 def _as_bfloat16(headers: list[Header]) -> int:
