@@ -22,7 +22,7 @@ import tiny
 from async_gpu import Cudart
 from qwen_image_tool.app import App
 from qwen_image_tool.catalog import load_catalog
-from qwen_image_tool.engine import attention, compiled, families, host, placed, text, vae
+from qwen_image_tool.engine import attention, compiled, families, fresh, host, placed, text, vae
 from qwen_image_tool.engine import denoise as denoising
 from qwen_image_tool.engine.engine import Engine, Run, limit_memory
 from qwen_image_tool.engine.weights import Reader
@@ -493,6 +493,38 @@ def test_the_next_plan_follows_when_the_memory_runs_out(
     for ours, theirs in zip(run.images, expected.images, strict=True):
         assert np.array_equal(np.asarray(ours), np.asarray(theirs))
     engine.release()
+
+
+def test_where_decoding_ran_out_of_memory_it_goes_on_in_another_thread(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(locate(str(folder), load_catalog(), Path()))
+    expected = draw(engine, [plan()], [])
+    plain = vae.decode
+    threads: list[str] = []
+    held: list[int] = []
+
+    def decode(*given: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        held.append(live()[0])
+        if len(threads) < 3:
+            ballast = torch.zeros(5_000_000)
+            raise torch.OutOfMemoryError(f"CUDA out of memory.\n{len(ballast)}")
+        return plain(*given)
+
+    monkeypatch.setattr(vae, "decode", decode)
+    monkeypatch.setattr(fresh, "times_ran_out", lambda _: min(len(threads), 2))
+    plans = [plan(), plan(Placement(blocks=6, resident=0, slots=3)), plan()]
+    runs = [draw(engine, plans, []), draw(engine, plans, [])]
+    own, *others = threads
+    assert own == threading.current_thread().name
+    assert others == ["decoding_0"] * (1 + 2 * len(expected.images))
+    assert max(held) < held[0] + 5_000_000, "the failed runs' memory is given back first"
+    for run in runs:
+        for ours, theirs in zip(run.images, expected.images, strict=True):
+            assert np.array_equal(np.asarray(ours), np.asarray(theirs))
+    engine.release()
+    assert "decoding_0" not in [thread.name for thread in threading.enumerate()]
 
 
 NO_MEMORY: dict[str, Callable[[], object]] = {

@@ -29,6 +29,7 @@ from qwen_image_tool.engine import attention, compiled, families, text, vae, wei
 from qwen_image_tool.engine.cache import TensorCache, checkpoint_identity
 from qwen_image_tool.engine.checks import SAFER, check_image, check_latents
 from qwen_image_tool.engine.denoise import Latents, denoise, noise, schedule
+from qwen_image_tool.engine.fresh import FreshThread
 from qwen_image_tool.engine.sketch import Show, Sideshow, Sketch
 from qwen_image_tool.errors import (
     MEMORY,
@@ -177,10 +178,12 @@ class Engine:
             # 5. From latents to pixels, one picture at a time
             with watch.phase("decode"):
                 cells = family.unpack(latents, grid)
-                drawn = [
-                    vae.decode(parts.vae, cell[None], family.unscale, plan.strips, reader.check)
-                    for cell in cells
-                ]
+                drawn = parts.thread.run(
+                    lambda: [
+                        vae.decode(parts.vae, cell[None], family.unscale, plan.strips, reader.check)
+                        for cell in cells
+                    ]
+                )
                 images = [vae.crop_centre(image, request.size) for image in drawn]
                 for image in images if plan.mode != "exact" else ():
                     check_image(image)
@@ -237,6 +240,7 @@ class _Parts:
         self._text_encoder: text.TextEncoder | None = None
         self.compiled: compiled.Compiled | None = None
         self._sketch: Sketch | None = None
+        self.thread = FreshThread(self.device)
         logs.adopt_libraries()
         # Their progress bars would stand beside ours
         transformers_logging.disable_progress_bar()
@@ -351,6 +355,7 @@ class _Parts:
         if self._text_encoder:
             self._text_encoder.close()
         self.transformer.close()
+        self.thread.close()
 
     def _read_prompts(
         self, prompts: list[list[int]], reader: weights.Reader, watch: "_Watch"
