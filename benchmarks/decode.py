@@ -8,7 +8,9 @@ them. Each cap has a process of its own: where memory is short, cuDNN takes kern
 and keeps them. Seconds are from latents to levels of 0 to 255, both on the device: the median of
 `--repeats`, after two that don't count. Working memory is the peak beside the weights. `--write`
 puts the table into docs/benchmarks.md. `--small` makes narrow VAEs and small frames, which is what
-a CPU can do; it has no caps, but `--caps` makes their lines.
+a CPU can do; it has no caps, but `--caps` makes their lines. `--run-out` adds, by a process of its
+own, what decoding takes without a cap after memory ran out under one, in the same thread and in
+that which the engine takes then.
 """
 
 import argparse
@@ -19,9 +21,10 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,7 @@ from qwen_image_tool.catalog.costs import load_costs
 from qwen_image_tool.decoding import DECODINGS
 from qwen_image_tool.device import cpu_name
 from qwen_image_tool.engine import vae
+from qwen_image_tool.engine.fresh import FreshThread
 from qwen_image_tool.engine.probe import torch_facts
 from qwen_image_tool.types import Size
 from sections import PAGE, what_was_asked, write_section
@@ -69,6 +73,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     parser.add_argument("--sizes", type=Size.parse, nargs="+", help="as 1024x1024")
     parser.add_argument("--caps", type=float, nargs="*", help="GiB; 1.5, 2 and 4 on a GPU")
     parser.add_argument("--strips", type=int, nargs="*", default=[], help="counts, without a cap")
+    parser.add_argument("--run-out", action="store_true", help="also after memory ran out")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--json", type=Path)
@@ -113,18 +118,18 @@ def measured(family: Family, size: Size, options: argparse.Namespace) -> list[Ro
     add(bench.row("ours, full frame", ours))
     for strips in bench.counts:
         add(bench.row(f"ours, {strips} strips", ours, strips=strips))
-    for cap in options.caps:
+    apart: list[Callable[..., list[Row]]] = [partial(capped, cap=cap) for cap in options.caps]
+    for make in apart + ([after_running_out] if options.run_out else []):
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            found = process.submit(capped, family, size, options, cap, bench.reference).result()
-        for row in found:
-            add(row)
+            for row in process.submit(make, family, size, options, bench.reference).result():
+                add(row)
     return rows
 
 
 def capped(
-    family: Family, size: Size, options: argparse.Namespace, cap: float, reference: Levels | None
+    family: Family, size: Size, options: argparse.Namespace, reference: Levels | None, cap: float
 ) -> list[Row]:
-    """The lines of one cap, in a process of their own."""
+    """The lines of one cap."""
     bench = Bench(family, size, options)
     bench.reference = reference
     bench.theirs.enable_tiling()
@@ -132,6 +137,22 @@ def capped(
     what = "ours, full frame" if strips == 1 else f"ours, {strips} strips"
     ours = bench.row(what, bench.ours, cap, strips)
     return [bench.row("diffusers, tiling", bench.theirs, cap), ours]
+
+
+def after_running_out(
+    family: Family, size: Size, options: argparse.Namespace, reference: Levels | None
+) -> list[Row]:
+    """The lines of a process in which memory ran out: half of what the decoder works in."""
+    bench, decoding = Bench(family, size, options), DECODINGS[family]
+    bench.reference = reference
+    strips = decoding.most_strips(size)
+    bench.row("", bench.ours, (bench.weights + decoding.bytes(size, strips) / 2) / GIB, strips)
+    what, thread = f"ours, {strips} strips, after memory ran out", FreshThread(bench.device)
+    with closing(thread):
+        return [
+            bench.row(what, bench.ours, strips=strips),
+            thread.run(lambda: bench.row(f"{what}: another thread", bench.ours, strips=strips)),
+        ]
 
 
 class Bench:
@@ -155,12 +176,12 @@ class Bench:
         cells = (1, made.config.z_dim, 1, size.height // cell, size.width // cell)
         self.cells = torch.randn(cells, generator=torch.Generator().manual_seed(1))
         self.reference: Levels | None = None
+        self.weights = sum(p.numel() * p.element_size() for p in self.ours.parameters())
 
     def strips(self, cap: float) -> int:
         """As the planner would; as many as it takes at most where none fits."""
         decoding, costs = DECODINGS[self.family], load_costs()
-        weights = sum(p.numel() * p.element_size() for p in self.ours.parameters())
-        left = cap * GIB - weights - costs.workspace_bytes
+        left = cap * GIB - self.weights - costs.workspace_bytes
         most = decoding.most_strips(self.size)
         found = decoding.strips(self.size, int(left / costs.families[self.family].decode_slack))
         return min(found or most, most)

@@ -305,14 +305,14 @@ def test_the_benchmark_runs_and_writes_its_table(
     )
     monkeypatch.setattr(benchmark, "PAGE", page)
     arguments = ["--device", "cpu", "--small", "--sizes", "64x64", "--repeats", "1", "--write"]
-    arguments += ["--caps", "2"]
+    arguments += ["--caps", "2", "--run-out"]
     rows = benchmark.main([*arguments, "--json", str(tmp_path / "figures.json")])
     ours = [row for row in rows if row["what"].startswith("ours")]
-    assert len(ours) == 6
+    assert len(ours) == 10
     assert all(row["levels_apart"] <= 1 and row["seconds"] > 0 for row in ours)
     text = page.read_text(encoding="utf-8")
     assert text.startswith("Before\n")
     assert text.endswith("\nAfter\n")
-    assert text.count("ours") == 6
+    assert text.count("ours") == 10
     assert "old" not in text
     assert (tmp_path / "figures.json").stat().st_size > 100
