@@ -39,7 +39,7 @@ from qwen_image_tool.catalog.costs import load_costs
 from qwen_image_tool.decoding import DECODINGS
 from qwen_image_tool.device import cpu_name
 from qwen_image_tool.engine import vae
-from qwen_image_tool.engine.fresh import FreshThread
+from qwen_image_tool.engine.fresh import FreshThread, times_ran_out
 from qwen_image_tool.engine.probe import torch_facts
 from qwen_image_tool.types import Size
 from sections import PAGE, what_was_asked, write_section
@@ -142,17 +142,20 @@ def capped(
 def after_running_out(
     family: Family, size: Size, options: argparse.Namespace, reference: Levels | None
 ) -> list[Row]:
-    """The lines of a process in which memory ran out: half of what the decoder works in."""
+    """The lines of a process in which memory ran out: there was as much as the tensors take, and
+    none for kernels to work in."""
     bench, decoding = Bench(family, size, options), DECODINGS[family]
     bench.reference = reference
     strips = decoding.most_strips(size)
-    bench.row("", bench.ours, (bench.weights + decoding.bytes(size, strips) / 2) / GIB, strips)
-    what, thread = f"ours, {strips} strips, after memory ran out", FreshThread(bench.device)
-    with closing(thread):
-        return [
-            bench.row(what, bench.ours, strips=strips),
-            thread.run(lambda: bench.row(f"{what}: another thread", bench.ours, strips=strips)),
-        ]
+    cap = (bench.weights + decoding.bytes(size, strips)) / GIB
+    rows = [bench.row(f"ours, {strips} strips", bench.ours, round(cap, 2), strips)]
+    if bench.on_gpu and not times_ran_out(bench.device):
+        raise RuntimeError(f"{cap:.2f} GiB were enough")
+    what = f"ours, {strips} strips, after memory ran out"
+    rows.append(bench.row(what, bench.ours, strips=strips))
+    with closing(FreshThread(bench.device)) as thread:
+        row = partial(bench.row, f"{what}: another thread", bench.ours, strips=strips)
+        return [*rows, thread.run(row)]
 
 
 class Bench:

@@ -94,8 +94,14 @@ class FakeWorker:
         try:
             self.draw(run, emit)
         except ToolError as error:
-            stopped = isinstance(error, Cancelled)
-            self.report(Failed(job=run.job, failure=Failure.of(error), stopped=stopped))
+            self.report(
+                Failed(
+                    job=run.job,
+                    failure=Failure.of(error),
+                    foreseen="unforeseen" not in run.request.prompt,
+                    stopped=isinstance(error, Cancelled),
+                )
+            )
         else:
             self.report(Finished(job=run.job, seconds={"load": 0.1, "denoise": 0.2}))
 

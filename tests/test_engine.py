@@ -495,6 +495,18 @@ def test_the_next_plan_follows_when_the_memory_runs_out(
     engine.release()
 
 
+def test_memory_that_runs_out_while_the_libraries_are_imported_is_told(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory() -> None:
+        raise ImportError("libtorch_cpu.so: failed to map segment from shared object")
+
+    monkeypatch.setattr("qwen_image_tool.engine.probe.torch_facts", no_memory)
+    app = App(Settings(output=tmp_path / "out", cache=tmp_path / "cache"))
+    with pytest.raises(OutOfMemory, match=r"libtorch_cpu.* Close other programs"):
+        app.generate(Request(model=str(folder), prompt="x"), lambda _: None)
+
+
 def test_where_decoding_ran_out_of_memory_it_goes_on_in_another_thread(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -513,9 +525,9 @@ def test_where_decoding_ran_out_of_memory_it_goes_on_in_another_thread(
         return plain(*given)
 
     monkeypatch.setattr(vae, "decode", decode)
-    monkeypatch.setattr(fresh, "times_ran_out", lambda _: min(len(threads), 2))
+    monkeypatch.setattr(fresh, "times_ran_out", lambda _: len(threads))
     plans = [plan(), plan(Placement(blocks=6, resident=0, slots=3)), plan()]
-    runs = [draw(engine, plans, []), draw(engine, plans, [])]
+    runs = [draw(engine, plans, []), draw(engine, plans[2:], [])]
     own, *others = threads
     assert own == threading.current_thread().name
     assert others == ["decoding_0"] * (1 + 2 * len(expected.images))
@@ -534,11 +546,16 @@ NO_MEMORY: dict[str, Callable[[], object]] = {
     "CUDA": lambda: fail("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`"),
     "Apple": lambda: fail("MPS backend out of memory (MPS allocated: 20 GB, max allowed: 21 GB)."),
     "Intel": lambda: fail("level_zero backend failed (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)"),
+    "diffusers": lambda: wrapped(ValueError("Unable to load weights from checkpoint file")),
 }
 
 
 def fail(text: str) -> None:
     raise RuntimeError(text)
+
+
+def wrapped(error: Exception) -> None:
+    raise error from MemoryError()
 
 
 @pytest.mark.parametrize("who", NO_MEMORY)

@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from qwen_image_tool.errors import TROUBLES, trouble_in, trouble_of
+from qwen_image_tool.errors import (
+    TROUBLES,
+    OutOfMemory,
+    memory_told,
+    trouble_in,
+    trouble_of,
+)
 from qwen_image_tool.exits import explain, oom_kills
 from qwen_image_tool.supervisor import Exit, WorkerProcess
 
@@ -71,6 +77,25 @@ def test_an_error_says_what_it_came_from(
     assert trouble_of(error) == known
     error.__context__, error.__cause__ = None, came_from
     assert trouble_of(error) == known
+
+
+def test_errors_that_came_from_each_other_are_read_once() -> None:
+    first, second = ValueError("a"), ValueError("b")
+    first.__context__, second.__context__ = second, first
+    assert trouble_of(first) == (None, "a")
+
+
+@pytest.mark.parametrize("kind", [ImportError, KeyError, SystemError, ValueError])
+def test_memory_that_ran_out_is_told_whatever_wrapped_it(kind: type[Exception]) -> None:
+    said = r"^The memory ran out. MemoryError. Do this.$"
+    with pytest.raises(OutOfMemory, match=said), memory_told("Do this."):
+        raise kind("no") from MemoryError()
+    with pytest.raises(kind), memory_told("Do this."):
+        raise kind("no")
+
+
+def test_a_folder_that_nothing_may_run_from_is_no_want_of_memory() -> None:
+    assert trouble_in(f"{NO_ROOM}: Operation not permitted") is None
 
 
 def test_an_error_says_nothing_of_one_that_was_put_aside() -> None:

@@ -268,6 +268,14 @@ def test_the_second_try_is_the_next_fallback(bench: Bench, tmp_path: Path) -> No
     assert [order["skip"] for order in orders] == [0, 1]
 
 
+def test_a_process_whose_memory_ran_out_draws_no_other_job(bench: Bench) -> None:
+    """Python's libraries may be half imported in it."""
+    job = bench.ended(bench.submit("unforeseen fail memory"))
+    assert (job.state, job.again) == ("failed", 1)
+    assert bench.supervisor._worker is None
+    assert bench.ended(bench.submit("next")).state == "done"
+
+
 @pytest.mark.parametrize("kind", ["broken picture", "gpu memory"])
 def test_what_the_engine_has_tried_is_not_tried_again(bench: Bench, kind: str) -> None:
     job = bench.ended(bench.submit(f"fail {kind}"))

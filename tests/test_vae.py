@@ -308,11 +308,11 @@ def test_the_benchmark_runs_and_writes_its_table(
     arguments += ["--caps", "2", "--run-out"]
     rows = benchmark.main([*arguments, "--json", str(tmp_path / "figures.json")])
     ours = [row for row in rows if row["what"].startswith("ours")]
-    assert len(ours) == 10
+    assert len(ours) == 12
     assert all(row["levels_apart"] <= 1 and row["seconds"] > 0 for row in ours)
     text = page.read_text(encoding="utf-8")
     assert text.startswith("Before\n")
     assert text.endswith("\nAfter\n")
-    assert text.count("ours") == 10
+    assert text.count("ours") == 12
     assert "old" not in text
     assert (tmp_path / "figures.json").stat().st_size > 100

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import random
@@ -67,6 +68,18 @@ def test_a_dtype_that_nobody_knows_is_named(folder: Path) -> None:
     shard.write_bytes(shard.read_bytes().replace(b'"BF16"', b'"F4_X"'))
     with pytest.raises(ModelMissing, match=r"m-1\.safetensors is damaged: .*F4_X"):
         Checkpoint(folder)
+
+
+def test_a_file_is_not_to_blame_where_memory_runs_out(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*_: object) -> int:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    checkpoint = Checkpoint(folder)
+    monkeypatch.setattr(os, "preadv", no_memory)
+    with pytest.raises(OSError, match="Cannot allocate memory"):
+        read([(checkpoint["a.bias"], torch.empty(3))])
 
 
 def test_a_large_tensor_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,6 +121,11 @@ def test_what_a_field_may_be_is_said_in_chinese() -> None:
         assert chinese(zh.known(text.format(7))), text
 
 
+@pytest.mark.parametrize("why", ["std::bad_alloc", "[Errno 12] Cannot", "MemoryError", "A b. C d"])
+def test_why_memory_ran_out_is_told_as_it_is(why: str) -> None:
+    assert load_words("zh").known(f"The memory ran out. {why}.").startswith("内存或显存不足")
+
+
 def test_what_is_declared_is_said_in_chinese() -> None:
     zh = load_words("zh")
     fields = [field for field in Settings.model_fields.values() if field.title]

@@ -133,7 +133,8 @@ _SAID: tuple[tuple[str, TroubleKind], ...] = (
     (r"MPS backend out of memory|ERROR_OUT_OF_DEVICE_MEMORY", "gpu memory"),  # Apple's; Intel's
     (r"could not create a primitive$|can't start new thread", "memory"),  # oneDNN's; Python's
     (r"MemoryError|DefaultCPUAllocator|[Cc]annot allocate memory|std::bad_alloc", "memory"),
-    (r"failed to map segment from shared object|glibc error: .*out of memory", "memory"),
+    (r"\[Errno 12\]|glibc error: .*out of memory", "memory"),
+    (r"failed to map segment from shared object(?!: Operation not permitted)", "memory"),
     (r"OpenBLAS error: Memory allocation|libgomp: Thread creation failed", "memory"),
     (r"SystemError: .*without (setting an exception|exception set)", "memory"),  # Python's own
     (r"NVIDIA driver on your system is too old|driver version is insufficient", "old driver"),
@@ -164,17 +165,31 @@ def trouble_of(error: BaseException) -> tuple[TroubleKind | None, str]:
     """What an error says went wrong, or the first that it came from which says something known; and
     the line that says it. Libraries wrap their errors: where memory ran out, numpy gives general
     advice, and diffusers tells of a file that can't be loaded."""
-    each: BaseException | None = error
-    while each is not None:
+    for each in _origins(error):
         if kind := trouble_in("".join(traceback.format_exception_only(each))):
             return kind, next((row for row in _rows(each) if trouble_in(row)), first_line(each))
-        each = each.__cause__ or (None if each.__suppress_context__ else each.__context__)
     return None, first_line(error)
+
+
+def unless_memory(error: BaseException) -> None:
+    """Raise it again where memory ran out, whatever was being done with it."""
+    if trouble_of(error)[0] in MEMORY:
+        raise error
 
 
 def first_line(error: BaseException) -> str:
     """Of those that an error has; the name of its type where it has none."""
     return next(_rows(error), type(error).__name__)
+
+
+def _origins(error: BaseException) -> Iterator[BaseException]:
+    """The error, what it came from, and so on."""
+    each: BaseException | None = error
+    seen = set[int]()
+    while each is not None and id(each) not in seen:
+        seen.add(id(each))
+        yield each
+        each = each.__cause__ or (None if each.__suppress_context__ else each.__context__)
 
 
 def _rows(error: BaseException) -> Iterator[str]:
@@ -183,10 +198,12 @@ def _rows(error: BaseException) -> Iterator[str]:
 
 @contextmanager
 def memory_told(hint: str) -> Iterator[None]:
-    """Turn what Python, torch and the system raise where memory runs out into OutOfMemory."""
+    """Turn what Python, libraries and the system raise where memory runs out into OutOfMemory."""
     try:
         yield
-    except (ImportError, MemoryError, OSError, RuntimeError, SystemError) as error:
+    except ToolError:
+        raise
+    except Exception as error:  # libraries wrap it in any class
         kind, said = trouble_of(error)
         if kind not in MEMORY:
             raise

@@ -296,10 +296,11 @@ class Supervisor:
     def _after_failure(self, current: _Current, report: Failed) -> Callable[[], Job]:
         job, failure = current.job, report.failure
         _log.warning("Job %s: %s", job.id, failure.message)
-        if failure.kind in FALL_BACK and job.again == 0 and not report.foreseen:
-            self._skip[job.id] = current.plans
-            self._end_worker()  # its end is the only sure way to have the memory back
-            return lambda: self._jobs.put_back(job.id, died=True, why=failure)
+        if failure.kind in FALL_BACK and not report.foreseen:
+            self._end_worker()  # the only sure way to have the memory back, and whole libraries
+            if job.again == 0:
+                self._skip[job.id] = current.plans
+                return lambda: self._jobs.put_back(job.id, died=True, why=failure)
         return lambda: self._jobs.fail(job.id, failure)
 
     def _follow(self, current: _Current, worker: "WorkerProcess") -> Finished | Failed:

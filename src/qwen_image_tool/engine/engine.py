@@ -40,6 +40,7 @@ from qwen_image_tool.errors import (
     first_line,
     memory_told,
     trouble_of,
+    unless_memory,
 )
 from qwen_image_tool.files import DiskMeter
 from qwen_image_tool.store import Installed
@@ -267,8 +268,7 @@ class _Parts:
                 self._tensor_cache("modulation", installed.transformer, MODULATION_LIMIT),
             )
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            if trouble_of(error)[0] in MEMORY:
-                raise
+            unless_memory(error)
             raise ModelMissing(
                 f"The model in {folder} can't be loaded: {error}.", "Download it again."
             ) from error

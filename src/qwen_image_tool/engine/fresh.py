@@ -1,7 +1,7 @@
-"""A thread for convolutions, and another one once memory ran out."""
+"""A thread for convolutions."""
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import torch
@@ -10,8 +10,8 @@ Result = TypeVar("Result")
 
 
 class FreshThread:
-    """Runs work in a thread in which no memory of the GPU has run out yet: in the caller's own as
-    long as that may be.
+    """Runs work in a thread in which no memory of the GPU ran out before this was made: in the
+    caller's own, unless it did so in this process.
 
     A convolution that gets no memory to work in is done by another kernel, which is slower and adds
     in another order. torch keeps that choice, by the thread and the shape, also for when there is
@@ -19,18 +19,18 @@ class FreshThread:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._thread: ThreadPoolExecutor | None = None
-        self._seen = 0
+        own = not times_ran_out(device)
+        self._thread = None if own else ThreadPoolExecutor(1, "decoding")
 
     def run(self, work: Callable[[], Result]) -> Result:
         """What `work` returns or raises, in inference mode."""
-        found = times_ran_out(self._device)
-        if found > self._seen:
-            self.close()
-            self._thread, self._seen = ThreadPoolExecutor(1, "decoding"), found
         work = torch.inference_mode()(work)
-        return self._thread.submit(work).result() if self._thread else work()
+        if self._thread is None:
+            return work()
+        future = self._thread.submit(work)
+        while not future.done():
+            wait([future], timeout=0.2)  # Windows hears Ctrl-C only between two waits
+        return future.result()
 
     def close(self) -> None:
         if self._thread:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qwen_image_tool.errors import Cancelled, ModelMissing
+from qwen_image_tool.errors import Cancelled, ModelMissing, unless_memory
 from qwen_image_tool.files import DiskMeter, is_cached
 from qwen_image_tool.store.formats import model_keys
 from qwen_image_tool.store.links import content, weight_files
@@ -270,6 +270,7 @@ class _Files:
             with self._metered(stored.file, offset, len(target)):
                 count = self._read(stored.file, offset, target)
         except OSError as error:
+            unless_memory(error)
             raise ModelMissing(f"{stored.file} can't be read: {error}.", AGAIN) from error
         if count < len(target):
             raise ModelMissing(f"{stored.file} ends too early, in {stored.name}.", AGAIN)
@@ -330,6 +331,7 @@ def _read_index(path: Path) -> dict[str, str]:
         names = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         return {str(tensor): Path(file).name for tensor, file in names.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        unless_memory(error)
         raise ModelMissing(f"{path} can't be read: {error!r}.", AGAIN) from error
 
 
@@ -350,6 +352,7 @@ def _read_header(path: Path) -> list[Stored]:
     except FileNotFoundError:
         raise ModelMissing(f"The file {path} is missing.", AGAIN) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        unless_memory(error)
         raise ModelMissing(f"{path} is damaged: {error}.", AGAIN) from error
 
 
