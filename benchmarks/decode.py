@@ -219,7 +219,7 @@ class Bench:
                 torch.cuda.set_per_process_memory_fraction(1.0)
 
     def timed(self, model: Any, cells: torch.Tensor, strips: int) -> Row:
-        row, took = self.apart(vae.levels(model, cells, strips)), []
+        row, took = self.apart(vae.levels(model, cells, strips)[0]), []
         vae.levels(model, cells, strips)
         weights = torch.cuda.memory_allocated() if self.on_gpu else 0
         if self.on_gpu:

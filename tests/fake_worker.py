@@ -108,7 +108,7 @@ class FakeWorker:
     def draw(self, run: Run, emit: Callable[[Event], None]) -> None:
         request, folder = run.request, Path(run.output)
         words, plan = request.prompt, plan_for(request)
-        emit(Planned(plan=plan))
+        emit(Planned(plan=plan, number=3))
         emit(PhaseStarted(phase="denoise"))
         for step in range(1, (request.steps or 1) + 1):
             time.sleep(0.3 if "very slow" in words else 0.05 if "slow" in words else 0)

@@ -377,6 +377,29 @@ def test_what_reads_pixels_is_not_kept(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("single_frame", [True, False], ids=["ours", "diffusers'"])
+def test_a_number_of_the_picture_that_is_none_is_found(folder: Path, single_frame: bool) -> None:
+    """Where all is plain already another plan would compute the same, so none is tried."""
+    engine = Engine(locate(str(folder), load_catalog(), Path()))
+    way = plan().model_copy(update={"single_frame": single_frame})
+    draw(engine, [way], [])
+    assert engine._parts
+
+    def spoil(_: Any, __: Any, frame: torch.Tensor) -> torch.Tensor:
+        frame[..., -1, -1] = torch.nan
+        return frame
+
+    last = [each for each in engine._parts.vae.decoder.modules() if not [*each.children()]][-1]
+    hook = last.register_forward_hook(spoil)
+    events: list[Event] = []
+    with pytest.raises(BrokenPicture, match="left their range"):
+        draw(engine, [way, plan(strips=2)], events)
+    assert not [event for event in events if isinstance(event, Notice)]
+    hook.remove()
+    draw(engine, [way], [])
+    engine.release()
+
+
+@pytest.mark.parametrize("single_frame", [True, False], ids=["ours", "diffusers'"])
 def test_a_run_is_cancelled_within_a_layer_of_decoding(folder: Path, single_frame: bool) -> None:
     engine = Engine(locate(str(folder), load_catalog(), Path()))
     way = plan().model_copy(update={"single_frame": single_frame})
@@ -580,7 +603,9 @@ def test_memory_that_runs_out_is_known_in_any_words(
 
     monkeypatch.setattr(place, name, once)
     events: list[Event] = []
-    run = draw(engine, [plan(attention="_native_math"), plan()], events)
+    need = PhaseNeed(phase="load", ram_bytes=10)
+    first = plan(attention="_native_math").model_copy(update={"phases": (need,)})
+    run = draw(engine, [first, plan()], events)
     assert run.plan == plan()
     [notice] = [event.text for event in events if isinstance(event, Notice)]
     assert notice.startswith("The memory ran out.")
@@ -665,7 +690,7 @@ def test_a_picture_of_one_colour_is_answered_by_the_next_plan(
 
     monkeypatch.setattr(vae, "decode", decode)
     events: list[Event] = []
-    run = draw(engine, [plan(), plan(strips=2)], events)
+    run = draw(engine, [plan(attention="_native_math"), plan(strips=2)], events)
     assert run.plan.strips == 2
     [notice] = [event.text for event in events if isinstance(event, Notice)]
     assert notice.startswith("The picture came out in one single colour. Trying again:")
@@ -686,6 +711,8 @@ def test_blocks_that_do_not_compile_draw_uncompiled(
     run = draw(engine, [plan(compiled=True)], events)
     [notice] = [event.text for event in events if isinstance(event, Notice)]
     assert "runs uncompiled" in notice
+    assert not run.plan.compiled, "the picture says what it was made by"
+    assert run.rates == {"compiler": False}
     assert all(map(np.array_equal, pixels(run), pixels(expected)))
     engine.release()
 
@@ -704,14 +731,19 @@ def test_compiled_blocks_give_their_memory_back(
     events: list[Event] = []
     run = draw(engine, [plan(compiled=True)], events)
     assert not [event for event in events if isinstance(event, Notice)]
-    assert run.compile_seconds > 0
+    assert run.rates["compile_seconds"] > 0
     assert all(map(np.array_equal, pixels(run), pixels(expected)))
     engine.release()
     assert live()[0] == before
 
 
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("No available kernel.\nAborting."), TypeError("'NoneType' is not callable")],
+    ids=["refused", "its package is gone"],
+)
 def test_attention_that_fails_is_answered_by_the_next_plan(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     engine = Engine(locate(str(folder), load_catalog(), Path()))
     plain = denoising.denoise
@@ -720,7 +752,7 @@ def test_attention_that_fails_is_answered_by_the_next_plan(
     def denoise(*given: Any) -> torch.Tensor:
         tried.append(1)
         if len(tried) == 1:
-            raise RuntimeError("No available kernel.\nAborting execution.")
+            raise error
         return plain(*given)
 
     monkeypatch.setattr("qwen_image_tool.engine.engine.denoise", denoise)
@@ -728,5 +760,7 @@ def test_attention_that_fails_is_answered_by_the_next_plan(
     run = draw(engine, [plan(attention="_native_flash"), plan()], events)
     assert not run.plan.attention
     [notice] = [event.text for event in events if isinstance(event, Notice)]
-    assert notice.startswith("Attention by _native_flash does not work here. No available kernel.")
+    assert notice.startswith("Attention by _native_flash does not work here. ")
+    assert str(error).partition("\n")[0] in notice
+    assert run.rates == {"attention_backend": ""}, "it is not taken again"
     engine.release()

@@ -11,7 +11,7 @@ from qwen_image_tool.catalog.costs import card, load_costs
 from qwen_image_tool.device import invented
 from qwen_image_tool.errors import BadRequest, CannotRun
 from qwen_image_tool.needs import Needs, Way
-from qwen_image_tool.planner import GIB
+from qwen_image_tool.planner import GIB, next_plans, plans_after
 from qwen_image_tool.store import Installed, as_published, blocks_of, text_layers_of
 from qwen_image_tool.types import Device, Placement, Plan, Rates, Request, Size
 
@@ -110,6 +110,22 @@ def test_no_plan_is_above_the_memory_and_no_fallback_takes_more(on: Device) -> N
             assert after.bytes_per_step >= before.bytes_per_step or after.device == "cpu"
         assert len({each.model_copy(update={"reasons": ()}) for each in found}) == len(found)
         check_places(on, found)
+        check_what_follows(found)
+
+
+def check_what_follows(found: tuple[Plan, ...]) -> None:
+    """Of each plan, by what it failed."""
+    for place, failed in enumerate(found):
+        left = found[place:]
+        assert next_plans(left, "gpu memory") == next_plans(left, "crashed") == left[1:]
+        smaller = next_plans(left, "memory")
+        assert smaller == next_plans(left, "killed")
+        assert all(each.ram_bytes < 0.9 * failed.ram_bytes for each in smaller)
+        most = max((each.ram_bytes for each in left[1:] if each not in smaller), default=1 << 60)
+        assert most >= 0.9 * failed.ram_bytes, "none is left out"
+        plainly = next_plans(left, "broken picture")
+        assert plainly == (left[1:] if failed.compiled or failed.attention else ())
+        assert not [each for each in plainly if each.compiled or each.attention]
 
 
 def check_places(on: Device, found: tuple[Plan, ...]) -> None:
@@ -326,6 +342,26 @@ def test_fallbacks_come_in_order() -> None:
     assert strips.strips == 2 * first.strips
     assert (pageable.placement.source, disk.placement.source) == ("pageable", "disk")
     assert cpu.device == "cpu"
+
+
+@pytest.mark.parametrize(("ram", "vram", "system"), [(28, 8, "win32"), (32, 8, "linux")])
+def test_where_ram_runs_out_the_weights_come_from_disk(ram: int, vram: int, system: str) -> None:
+    """Not the same need again without a compiler, nor more of it with fewer blocks on the card."""
+    found = plans(device("cuda", ram, vram, rates=RATES, system=system))
+    assert found[0].ram_bytes > 0.8 * 0.92 * ram * GIB
+    [following, *_] = next_plans(found, "memory")
+    assert following.placement.source == "disk"
+    assert following.ram_bytes < 6 * GIB
+
+
+def test_another_process_goes_on_after_what_failed() -> None:
+    found = plans(device("cuda", 90, 16, rates=RATES))
+    assert plans_after(found, 1, "crashed") == found[1:]
+    assert plans_after(found, 3, "gpu memory") == found[3:]
+    assert plans_after(found, 99, "crashed") == found[-1:], "by then there may be fewer"
+    assert plans_after(found, 1, "memory")[0].placement.source == "disk"
+    disk = next(n for n, each in enumerate(found, 1) if each.placement.source == "disk")
+    assert plans_after(found, disk, "memory") == found[disk - 1 : disk], "memory may be free now"
 
 
 def test_seconds_are_those_of_the_slower_of_bus_and_computation() -> None:

@@ -247,7 +247,7 @@ def test_a_second_crash_ends_the_job_with_a_sentence(bench: Bench) -> None:
 
 
 def test_the_second_try_is_the_next_fallback(bench: Bench, tmp_path: Path) -> None:
-    """The order says how many plans failed in the process that died."""
+    """The order says which plan failed in the process that died, and by what."""
     seen = tmp_path / "orders"
     spy = tmp_path / "spy.py"
     spy.write_text(
@@ -265,7 +265,10 @@ def test_the_second_try_is_the_next_fallback(bench: Bench, tmp_path: Path) -> No
     bench.supervisor._command = (sys.executable, str(spy))
     assert bench.ended(bench.submit("once exit 1")).state == "done"
     orders = [json.loads(text) for text in seen.read_text().splitlines()]
-    assert [order["skip"] for order in orders] == [0, 1]
+    assert [(order["tried"], order["trouble"]) for order in orders] == [
+        (0, "other"),
+        (3, "crashed"),
+    ]
 
 
 def test_a_process_whose_memory_ran_out_draws_no_other_job(bench: Bench) -> None:

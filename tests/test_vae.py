@@ -72,7 +72,7 @@ def cells(model: Any, height: int, width: int) -> torch.Tensor:
 
 @torch.inference_mode()
 def levels(model: Any, latents: torch.Tensor, strips: int = 1) -> np.ndarray:
-    return vae.levels(model, latents, strips).numpy().astype(int)
+    return vae.levels(model, latents, strips)[0].numpy().astype(int)
 
 
 @torch.inference_mode()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_image_tool import __version__, device, doctor, gallery, planner, store
 from qwen_image_tool.catalog import Model, load_catalog
-from qwen_image_tool.errors import BadRequest, CannotRun, ToolError, memory_told
+from qwen_image_tool.errors import BadRequest, CannotRun, ToolError, TroubleKind, memory_told
 from qwen_image_tool.files import DiskMeter
 from qwen_image_tool.gallery.infotext import recalled
 from qwen_image_tool.libraries import LibraryFiles
@@ -247,14 +247,16 @@ class App:
         vram_bytes: int | None = None,
         anyway: bool = False,
         job: str = "",
-        skip: int = 0,
+        tried: int = 0,
+        trouble: TroubleKind = "other",
     ) -> Result:
         """Make and save the pictures. What can be refused is refused before any weight is read;
         where the memory runs out, the planner's fallbacks are tried, each once.
 
         `ram_bytes`, `vram_bytes`: use no more of the free memory than this. `anyway`: as
-        planner.plans. `job` is written into the pictures. `skip`: begin so many plans later, the
-        last one at the latest. Raises ToolError. A picture that was saved is whole and stays.
+        planner.plans. `job` is written into the pictures. `tried`: the number of the plan that
+        failed by `trouble` in another process. Raises ToolError. A picture that was saved is whole
+        and stays.
         """
         installed = self._locate(request.model)
         resolved = self.resolve(request, installed)
@@ -282,13 +284,13 @@ class App:
             except CannotRun:  # as the memory was when the engine was made; it may be free by now
                 self._forget_engine()
                 here, plans = planned()
-            plans = plans[min(skip, len(plans) - 1) :]
+            if tried:
+                plans = planner.plans_after(plans, tried, trouble)
             for reason in plans[0].reasons:
                 emit(Notice(text=reason))
             assert self._engine
             run = self._engine.run(resolved, plans, heard, is_cancelled, disk)
-        learnt = {"compile_seconds": run.compile_seconds, "disk": disk.rate}
-        self.rates.learn(here, **{name: value for name, value in learnt.items() if value})
+        self.rates.learn(here, **run.rates, **({"disk": disk.rate} if disk.rate else {}))
 
         emit(PhaseStarted(phase="save"))
         started = time.perf_counter()

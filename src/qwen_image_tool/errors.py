@@ -146,6 +146,7 @@ _SAID: tuple[tuple[str, TroubleKind], ...] = (
 )
 
 
+LINE = 300  # characters of an error of a library that are said
 MEMORY: frozenset[TroubleKind | None] = frozenset(("gpu memory", "memory"))  # that ran out
 _SENTENCE_ENDS = re.compile(r"(?<=[.!?]) (?=[A-Z`(])")
 
@@ -167,7 +168,8 @@ def trouble_of(error: BaseException) -> tuple[TroubleKind | None, str]:
     advice, and diffusers tells of a file that can't be loaded."""
     for each in _origins(error):
         if kind := trouble_in("".join(traceback.format_exception_only(each))):
-            return kind, next((row for row in _rows(each) if trouble_in(row)), first_line(each))
+            rows = (row[:LINE] for row in _rows(each) if trouble_in(row))
+            return kind, next(rows, first_line(each))
     return None, first_line(error)
 
 
@@ -179,7 +181,7 @@ def unless_memory(error: BaseException) -> None:
 
 def first_line(error: BaseException) -> str:
     """Of those that an error has; the name of its type where it has none."""
-    return next(_rows(error), type(error).__name__)
+    return next(_rows(error), type(error).__name__)[:LINE]
 
 
 def _origins(error: BaseException) -> Iterator[BaseException]:
@@ -273,6 +275,10 @@ class BrokenPicture(ToolError):
     """What came out is no picture: the device or a library computed wrongly."""
 
     trouble: TroubleKind = "broken picture"
+
+
+class AttentionFailed(BrokenPicture):
+    """The attention backend that was measured to be the fastest does not work here any more."""
 
 
 class Cancelled(ToolError):

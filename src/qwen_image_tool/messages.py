@@ -4,18 +4,21 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
+from qwen_image_tool.errors import TroubleKind
 from qwen_image_tool.types import Event, Failure, PhaseName, Request, Value
 
 
 class Run(Value):
-    """Make the pictures of a resolved request. `skip`: plans that failed before."""
+    """Make the pictures of a resolved request. `tried`: the number of the plan that failed before
+    in another process, 0 for none, by `trouble`."""
 
     kind: Literal["run"] = "run"
     job: str
     request: Request
     output: str
     anyway: bool = False
-    skip: int = 0
+    tried: int = 0
+    trouble: TroubleKind = "other"
 
 
 class Stop(Value):

@@ -5,12 +5,12 @@ RAM, or from disk. On the CPU, what the RAM does not hold is read from disk. `ne
 each way takes.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Literal
 
 from qwen_image_tool.catalog import DEFAULT_MODEL
-from qwen_image_tool.errors import TROUBLES, BadRequest, CannotRun, trouble_in
+from qwen_image_tool.errors import TROUBLES, BadRequest, CannotRun, TroubleKind, trouble_in
 from qwen_image_tool.needs import Needs, Way
 from qwen_image_tool.store import Blocks, Installed
 from qwen_image_tool.types import Device, Placement, Plan, Request, Size
@@ -20,6 +20,7 @@ USABLE_RAM = 0.92  # of the free memory; the rest is for other programs
 USABLE_VRAM = 0.95  # and for what the allocator can't use
 CAREFUL_VRAM = 0.8  # after it ran out of memory
 PINNED_ON_WINDOWS = 0.4  # of the RAM; it refuses at about half
+LESS_RAM = 0.9  # of a plan's, is worth a try where it was not there
 SLOTS = 2  # buffers that streamed blocks take turns in
 PNG_BYTES_PER_PIXEL = 4  # RGBA that does not compress at all
 METADATA_BYTES = 64 << 10
@@ -47,9 +48,9 @@ def plan(request: Request, installed: Installed, device: Device, anyway: bool = 
 def plans(
     request: Request, installed: Installed, device: Device, anyway: bool = False
 ) -> tuple[Plan, ...]:
-    """Plans for a resolved request: the choice, then what to try where the memory runs out or the
-    picture is broken. On a GPU none takes more of its memory than the one before; the CPU is last.
-    A fallback's first reason says what it changes.
+    """Plans for a resolved request: the choice, then what to try where it fails (`next_plans`). On
+    a GPU none takes more of its memory than the one before; the CPU is last. A fallback's first
+    reason says what it changes.
 
     Raises CannotRun where the model does not fit this device, unless `anyway`: then the way that
     lacks least is taken.
@@ -64,6 +65,25 @@ def plans(
     for way, instead in _fallbacks(needs, chosen):
         found.setdefault(way, instead)
     return tuple(_plan(needs, way, instead) for way, instead in found.items())
+
+
+def next_plans(plans: Sequence[Plan], trouble: TroubleKind) -> tuple[Plan, ...]:
+    """Of `plans`, the first of which failed, those that may do better: where RAM ran out (which is
+    why systems kill a process), those that take less of it; where no picture came out, those that
+    compute it plainly."""
+    failed, *later = plans
+    if trouble in ("memory", "killed"):
+        return tuple(plan for plan in later if plan.ram_bytes < LESS_RAM * failed.ram_bytes)
+    if trouble == "broken picture" and not (failed.compiled or failed.attention):
+        return ()
+    return tuple(later)
+
+
+def plans_after(plans: Sequence[Plan], tried: int, trouble: TroubleKind) -> tuple[Plan, ...]:
+    """For another process, after the plan number `tried` failed: its next ones; that one again
+    where none may do better, because the memory of the first process is free now."""
+    left = plans[min(tried, len(plans)) - 1 :]
+    return next_plans(left, trouble) or tuple(left[:1])
 
 
 def disk_bytes(request: Request) -> int:

@@ -75,7 +75,7 @@ class _Current:
 
     job: Job
     track: Track
-    plans: int = 0
+    plan: int = 0  # the number of the one that is tried
     wish: Literal["", "cancel", "put back"] = ""
     since: float = 0.0
     last: Event | None = None
@@ -106,7 +106,8 @@ class Supervisor:
         self._worker: WorkerProcess | None = None
         self._current: _Current | None = None
         self._deaths: collections.deque[float] = collections.deque(maxlen=DEATHS)
-        self._skip: dict[str, int] = {}  # plans of a job that failed in processes that died
+        # Of a job whose process died: the number of the plan that failed, and by what
+        self._failed: dict[str, tuple[int, TroubleKind]] = {}
 
     # What others ask for, from any thread
 
@@ -299,7 +300,7 @@ class Supervisor:
         if failure.kind in FALL_BACK and not report.foreseen:
             self._end_worker()  # the only sure way to have the memory back, and whole libraries
             if job.again == 0:
-                self._skip[job.id] = current.plans
+                self._failed[job.id] = current.plan, failure.kind
                 return lambda: self._jobs.put_back(job.id, died=True, why=failure)
         return lambda: self._jobs.fail(job.id, failure)
 
@@ -324,7 +325,7 @@ class Supervisor:
             if isinstance(event, PhaseStarted) or current.last is None:
                 current.last = event
         if isinstance(event, Planned):
-            current.plans += 1
+            current.plan = event.number
             self._insist(lambda: self._jobs.planned(current.job.id, event.plan))
         elif isinstance(event, Saved):
             self._host.saved(current.job, Path(event.path))
@@ -366,12 +367,14 @@ class Supervisor:
 
     def _order(self, job: Job, missing: list[int]) -> Run:
         rest = job.request.model_copy(update={"seed": missing[0], "images": len(missing)})
+        tried, trouble = self._failed.pop(job.id, (0, "other"))
         return Run(
             job=job.id,
             request=rest,
             output=str(self._output),
             anyway=job.anyway,
-            skip=self._skip.pop(job.id, 0),
+            tried=tried,
+            trouble=trouble,
         )
 
     def _living_worker(self) -> "WorkerProcess":

@@ -317,6 +317,7 @@ class Planned(_Event):
 
     kind: Literal["planned"] = "planned"
     plan: Plan
+    number: int = Field(default=1, description="Of the plans for this request, counted from 1")
 
 
 class Notice(_Event):

@@ -71,7 +71,8 @@ class Worker:
                 output=Path(run.output),
                 anyway=run.anyway,
                 job=run.job,
-                skip=run.skip,
+                tried=run.tried,
+                trouble=run.trouble,
             )
         except ToolError as error:
             logs.record_failure(error)
@@ -108,7 +109,7 @@ def unforeseen(error: Exception) -> Failure:
     """What the table says of an error that no part of ours explains; the log has all of it."""
     _log.error("The run failed: %s", error, exc_info=error)
     kind, said = trouble_of(error)
-    return Failure.from_table(kind or "other", f"({said[:300]})")
+    return Failure.from_table(kind or "other", f"({said})")
 
 
 if __name__ == "__main__":

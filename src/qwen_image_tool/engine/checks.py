@@ -5,12 +5,14 @@ from PIL import Image
 
 from qwen_image_tool.errors import BrokenPicture
 
-SAFER = "Draw it with --mode exact; if that fails too, update the GPU's driver."
+SAFER = (
+    "Verify the model; if it is whole, draw it with --mode exact, and with a GPU update its driver."
+)
 
 
-def check_latents(latents: torch.Tensor) -> None:
-    """Raises BrokenPicture where a number is not finite. Waits for the device, once."""
-    if not bool(torch.isfinite(latents).all()):
+def check_finite(numbers: torch.Tensor) -> None:
+    """Raises BrokenPicture where one is not. Waits for the device, once."""
+    if not bool(torch.isfinite(numbers).all()):
         raise BrokenPicture("The numbers left their range on the way to the picture.", SAFER)
 
 

@@ -56,8 +56,7 @@ def compile_blocks(
 
 
 class Compiled:
-    """The forward of block class `kind`, compiled at its first call; `seconds` is what that took,
-    0 until then."""
+    """The forward of block class `kind`, compiled at its first call. `works`: it has not failed."""
 
     def __init__(
         self,
@@ -68,12 +67,19 @@ class Compiled:
     ) -> None:
         self._eager, self._backend = kind.forward, backend
         self._lengths, self._on_failure = lengths, on_failure
-        self._works = True
+        self.works = True
         self._fast: Any = None
-        self.seconds = 0.0
+        self._seconds = 0.0
+
+    @property
+    def rates(self) -> dict[str, Any]:
+        """What it has shown of the device, by the names in Rates."""
+        if not self.works:
+            return {"compiler": False}
+        return {"compile_seconds": self._seconds} if self._seconds else {}
 
     def __call__(self, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not self._works or self._lengths(*args, **kwargs) is None:
+        if not self.works or self._lengths(*args, **kwargs) is None:
             return self._eager(block, *args, **kwargs)
         try:
             return self._run(block, *_real(args), **{k: _real(v) for k, v in kwargs.items()})
@@ -92,12 +98,12 @@ class Compiled:
         # Not before: torch refuses at once where it has no compiler for this Python
         self._fast = torch.compile(self._eager, fullgraph=True, backend=self._backend)
         result = self._fast(block, *args, **kwargs)
-        self.seconds = time.perf_counter() - started
-        log.info("Blocks compiled in %.1f s.", self.seconds)
+        self._seconds = time.perf_counter() - started
+        log.info("Blocks compiled in %.1f s.", self._seconds)
         return result
 
     def _give_up(self, error: Exception) -> None:
-        self._works = False
+        self.works = False
         log.warning("Blocks run uncompiled from here on.", exc_info=error)
         self._on_failure(f"Compiling does not work here, so it runs uncompiled: {_sentence(error)}")
 

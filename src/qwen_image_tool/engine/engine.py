@@ -3,13 +3,12 @@
 import base64
 import functools
 import gc
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +26,23 @@ from qwen_image_tool import logs
 from qwen_image_tool.decoding import DECODINGS
 from qwen_image_tool.engine import attention, compiled, families, text, vae, weights
 from qwen_image_tool.engine.cache import TensorCache, checkpoint_identity
-from qwen_image_tool.engine.checks import SAFER, check_image, check_latents
+from qwen_image_tool.engine.checks import SAFER, check_finite, check_image
 from qwen_image_tool.engine.denoise import Latents, denoise, noise, schedule
 from qwen_image_tool.engine.fresh import FreshThread
 from qwen_image_tool.engine.sketch import Show, Sideshow, Sketch
 from qwen_image_tool.errors import (
-    MEMORY,
+    AttentionFailed,
     BrokenPicture,
     Cancelled,
     ModelMissing,
     OutOfMemory,
+    ToolError,
     first_line,
     memory_told,
-    trouble_of,
     unless_memory,
 )
 from qwen_image_tool.files import DiskMeter
+from qwen_image_tool.planner import next_plans
 from qwen_image_tool.store import Installed
 from qwen_image_tool.types import (
     Event,
@@ -95,24 +95,29 @@ class Engine:
         disk: DiskMeter | None = None,
     ) -> "Run":
         """Make the pictures of a resolved request by the first of `plans`; where the memory runs
-        out or what comes out is no picture, by the next one, which is said. `disk`: see
-        weights.read.
+        out or what comes out is no picture, by the next one that may do better, which is said.
+        `disk`: see weights.read.
 
         Raises PromptTooLong, ModelMissing, OutOfMemory, BrokenPicture; or Cancelled within a step
         of `is_cancelled()` turning true.
         """
-        self._emit = emit
-        for plan, following in itertools.zip_longest(plans, plans[1:]):
-            emit(Planned(plan=plan))
+        self._emit, left, shown = emit, plans, dict[str, Any]()
+        while left:
+            plan = left[0]
+            emit(Planned(plan=plan, number=plans.index(plan) + 1))
             try:
-                return self._run(request, plan, emit, weights.Reader(is_cancelled, disk))
+                run = self._run(request, plan, emit, weights.Reader(is_cancelled, disk))
+                return replace(run, rates=run.rates | shown)
             except (OutOfMemory, BrokenPicture) as error:
-                if following is None:
+                left = next_plans(left, error.trouble)
+                if not left:
                     raise
                 why = error.message
+                if isinstance(error, AttentionFailed):
+                    shown["attention_backend"] = ""
             # Here the failed run's tensors are gone, with the error that held them
             self.release()
-            emit(Notice(text=f"{why} Trying again: {following.reasons[0]}"))
+            emit(Notice(text=f"{why} Trying again: {left[0].reasons[0]}"))
         raise ValueError("there is no plan")
 
     def release(self) -> None:
@@ -174,7 +179,7 @@ class Engine:
                         request.cfg,
                         watch.stepped,
                     )
-                check_latents(latents)
+                check_finite(latents)
 
             # 5. From latents to pixels, one picture at a time
             with watch.phase("decode"):
@@ -190,8 +195,10 @@ class Engine:
                     check_image(image)
                 if sketch:
                     sketch.learn(cells[0], drawn[0])
-        compile_seconds = parts.compiled.seconds if parts.compiled else 0
-        return Run(images, plan, watch.seconds, compile_seconds)
+        if not parts.compiled:
+            return Run(images, plan, watch.seconds)
+        plan = plan.model_copy(update={"compiled": parts.compiled.works})
+        return Run(images, plan, watch.seconds, parts.compiled.rates)
 
     def _load(self, plan: Plan, reader: weights.Reader) -> "_Parts":
         if self._parts is None or not plan.loads_like(self._parts.plan):
@@ -213,13 +220,13 @@ class Engine:
 
 @dataclass(frozen=True)
 class Run:
-    """The pictures of a request in the order of its seeds, the plan that made them, the seconds of
-    each phase, and those that compiling took in this run or an earlier one."""
+    """The pictures of a request in the order of its seeds, what made them, and the seconds of each
+    phase. `rates`: what it has shown of the device's, by their names in Rates."""
 
     images: list[Image.Image]
     plan: Plan
     seconds: dict[PhaseName, float]
-    compile_seconds: float = 0
+    rates: dict[str, Any] = field(default_factory=dict)
 
 
 class _Parts:
@@ -476,9 +483,12 @@ def _errors(plan: Plan) -> Iterator[None]:
     with memory_told("Close other programs, or choose a smaller --size."):
         try:
             yield
-        except RuntimeError as error:
-            if not plan.attention or trouble_of(error)[0] in MEMORY:
+        except ToolError:
+            raise
+        except Exception as error:  # libraries fail in any way
+            if not plan.attention:
                 raise
-            raise BrokenPicture(
+            unless_memory(error)
+            raise AttentionFailed(
                 f"Attention by {plan.attention} does not work here. {first_line(error)}", SAFER
             ) from error

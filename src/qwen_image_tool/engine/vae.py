@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from qwen_image_tool.decoding import Decoding
+from qwen_image_tool.engine.checks import check_finite
 from qwen_image_tool.types import Size
 
 # Latent cells, their mean and their deviation, to latent cells as the VAE reads them
@@ -36,8 +37,9 @@ def decode(
 
     `strips`: how many parts, one below the other, a single-frame decoder works in. More take less
     memory and more time; the picture is the same within rounding. Raises ValueError where the
-    decoder is diffusers' own, which has no strips, or where there are more than rows of cells; and
-    what `check` raises, which is asked before each layer.
+    decoder is diffusers' own, which has no strips, or where there are more than rows of cells;
+    BrokenPicture where a number of it is not finite; and what `check` raises, which is asked before
+    each layer.
     Source: the end of QwenImagePipeline.__call__.
     """
     cells = cells.to(vae.dtype)
@@ -45,17 +47,30 @@ def decode(
     mean = torch.tensor(vae.config.latents_mean).view(shape).to(cells)
     std = torch.tensor(vae.config.latents_std).view(shape).to(cells)
     with _asked(vae.decoder, check) if check else nullcontext():
-        made = levels(vae, unscale(cells, mean, std), strips)
+        made, extremes = levels(vae, unscale(cells, mean, std), strips)
+    check_finite(extremes)
     return Image.fromarray(made.cpu().numpy())
 
 
-def levels(vae: Any, cells: torch.Tensor, strips: int = 1) -> torch.Tensor:
-    """Latent cells as the VAE reads them to uint8 [height, width, 3 or 4], on their device."""
+def levels(vae: Any, cells: torch.Tensor, strips: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latent cells as the VAE reads them to uint8 [height, width, 3 or 4], on their device; and the
+    least and the greatest of each strip's pixels before they are cut to levels, [2 * strips]: not a
+    number where a pixel is not."""
+    made, extremes = [], list[torch.Tensor]()
+    for part in _parts(vae, cells, strips):
+        made.append(_levels(part))
+        extremes += torch.aminmax(part)
+    return torch.cat(made), torch.stack(extremes)
+
+
+def _parts(vae: Any, cells: torch.Tensor, strips: int) -> Iterator[torch.Tensor]:
+    """A picture's strips from the top, [1, 3 or 4, height, width] in -1 to 1."""
     if isinstance(vae.decoder, _Decoder):
-        return torch.cat([_levels(part) for part in vae.decoder.strips(cells[:, :, 0], strips)])
-    if strips != 1:
+        yield from vae.decoder.strips(cells[:, :, 0], strips)
+    elif strips == 1:
+        yield vae.decode(cells, return_dict=False)[0][:, :, 0]
+    else:
         raise ValueError("diffusers' own decoder has no strips")
-    return _levels(vae.decode(cells, return_dict=False)[0][:, :, 0])
 
 
 def keep_decoder(vae: Any) -> None:
