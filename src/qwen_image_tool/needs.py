@@ -123,8 +123,9 @@ class Needs:
     # Memory
 
     def _device_bytes(self, way: Way) -> dict[PhaseName, int]:
-        """Where it is computed: on the GPU, or in RAM. The modulation table is made while the
-        prompt is read. What is compiled is tried once before the first step."""
+        """Where it is computed: on the GPU, or in RAM. The modulation table is made after the
+        prompt was read; a GPU's allocator may still hold what that took. What is compiled is tried
+        once before the first step."""
         model, wide = self.installed, _widened(way)
         layers = model.text_layers
         kept = wide * (
@@ -139,7 +140,7 @@ class Needs:
         drawing = rows + self.drawing_bytes(way)
         return {
             "load": kept + (max(making, drawing) if way.compiled else making),
-            "encode": kept + making + reading,
+            "encode": kept + reading + (0 if way.device == "cpu" else making),
             "denoise": kept + drawing,
             "decode": kept + rows + self.decoding_bytes(way),
         }
