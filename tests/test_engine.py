@@ -222,10 +222,12 @@ def test_cancelling_at_any_time_leaves_the_memory_as_it_was(folder: Path) -> Non
 
 
 IN_RAM = Placement(blocks=6, resident=2, slots=2, source="pageable")
+PARTLY_IN_RAM = Placement(blocks=6, resident=1, slots=2, source="pageable", disk=3)
 
 
 @pytest.mark.parametrize(
-    ("family", "placement"), [("qwen-image", FROM_DISK), ("qwen-image-2.1", IN_RAM)]
+    ("family", "placement"),
+    [("qwen-image", FROM_DISK), ("qwen-image-2.1", IN_RAM), ("qwen-image", PARTLY_IN_RAM)],
 )
 def test_a_run_can_be_cancelled_at_every_stage(
     family: str, placement: Placement, tmp_path: Path
@@ -297,9 +299,9 @@ def test_what_is_walked_once_ends_within_a_block(
     assert walked == [0]
 
 
-@pytest.mark.parametrize("refuses", [0, 3])
+@pytest.mark.parametrize(("disk", "refuses"), [(0, 0), (0, 3), (2, 1)])
 def test_pages_that_the_system_does_not_lock_are_said(
-    folder: Path, refuses: int, monkeypatch: pytest.MonkeyPatch
+    folder: Path, disk: int, refuses: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the picture is drawn from them, all the same way."""
     engine = Engine(locate(str(folder), load_catalog(), Path()))
@@ -308,9 +310,12 @@ def test_pages_that_the_system_does_not_lock_are_said(
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
     monkeypatch.setattr(host, "take_error", lambda: None)
     events: list[Event] = []
-    run = draw(engine, [plan(Placement(blocks=6, resident=2, slots=2, source="pinned"))], events)
+    pinned = Placement(blocks=6, resident=2, slots=2, source="pinned", disk=disk)
+    run = draw(engine, [plan(pinned)], events)
     [notice] = [event.text for event in events if isinstance(event, Notice)]
-    assert notice.startswith(f"The system does not page-lock {4 - refuses} of the blocks, so")
+    assert notice.startswith(
+        f"The system does not page-lock {4 - disk - refuses} of the blocks, so"
+    )
     assert all(map(np.array_equal, pixels(run), pixels(expected)))
     assert len(runtime.locked) == refuses
     engine.release()

@@ -5,8 +5,8 @@ import re
 import shutil
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ from diffusers import QwenImageTransformer2DModel
 from torch import nn
 
 import tiny
-from qwen_image_tool.engine import families, text, weights
+from async_gpu import AsyncGpu, Cudart
+from qwen_image_tool.engine import families, placed, text, weights
 from qwen_image_tool.engine.cache import TensorCache
 from qwen_image_tool.engine.families.qwen_image import Forward, Transformer
 from qwen_image_tool.engine.host import HostMemory
 from qwen_image_tool.engine.modulation import Modulation
-from qwen_image_tool.engine.ring import Background, Ring, interleaved
+from qwen_image_tool.engine.ring import Background, Ring, StreamCopies, interleaved
 from qwen_image_tool.engine.weights import Checkpoint, Reader
 from qwen_image_tool.errors import Cancelled, ModelMissing
 from qwen_image_tool.types import Placement
@@ -33,10 +34,17 @@ class Recorder:
     def __init__(self) -> None:
         self.holds: dict[int, int] = {}
         self.in_use: set[int] = set()
+        self.expected: deque[int] = deque()
+        self.skipped: list[int] = []
         self.started: list[tuple[int, int]] = []
         self.closed = False
 
+    def expect(self, blocks: Sequence[int]) -> None:
+        self.expected.extend(blocks)
+
     def start(self, block: int, slot: int) -> None:
+        while (number := self.expected.popleft()) != block:
+            self.skipped.append(number)
         assert slot not in self.in_use, f"slot {slot} is overwritten while block runs in it"
         self.holds[slot] = block
         self.started.append((block, slot))
@@ -74,6 +82,8 @@ def test_every_block_is_there_when_it_runs(count: int, resident: int, slots: int
     fills = [block for block, _ in recorder.started]
     assert len(fills) == 3 * len(streamed) + slots, "each block crosses once a step"
     assert fills == [streamed[i % len(streamed)] for i in range(len(fills))]
+    assert not recorder.skipped
+    assert [*recorder.expected] == (streamed * 4)[len(fills) :], "the rest of the next step"
     made.close()
     assert recorder.closed
 
@@ -115,6 +125,7 @@ def test_the_last_walk_prefetches_nothing(before: int) -> None:
                 assert recorder.holds[modules.index(module)] == number
         fills = [block for block, _ in recorder.started]
         assert fills == [0, 1, 2, 3, 4] * (before + 1)
+        assert not recorder.expected
 
 
 @pytest.mark.parametrize("count", [1, 7, 60])
@@ -163,12 +174,14 @@ PLACEMENTS = [
     Placement(blocks=6, resident=1, slots=3, source="disk"),
     Placement(blocks=6, resident=3, slots=2, source="disk"),
     Placement(blocks=6, resident=2, slots=2, source="pageable"),
+    Placement(blocks=6, resident=1, slots=2, source="pageable", disk=2),
+    Placement(blocks=6, resident=0, slots=2, source="pageable", disk=5),
 ]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(
-    "placement", PLACEMENTS, ids=lambda p: f"{p.source or 'all'}-{p.resident}-{p.slots}"
+    "placement", PLACEMENTS, ids=lambda p: f"{p.source or 'all'}-{p.resident}-{p.slots}-{p.disk}"
 )
 @pytest.mark.usefixtures("_no_grad")
 def test_every_placement_has_the_bits_of_the_plain_forward(
@@ -195,6 +208,70 @@ def test_every_placement_has_the_bits_of_the_plain_forward(
                 )[0]
                 assert torch.equal(ours[picture][half], theirs)
     placed.close()
+
+
+TIERS = [
+    Placement(blocks=6, resident=6),
+    Placement(blocks=6, resident=2, slots=2, source="pinned"),
+    Placement(blocks=6, resident=2, slots=2, source="pinned", pageable=2),
+    Placement(blocks=6, resident=2, slots=2, source="pinned", disk=2),
+    Placement(blocks=6, resident=0, slots=3, source="pinned", pageable=1, disk=4),
+    Placement(blocks=6, resident=1, slots=2, source="pageable", disk=3),
+    Placement(blocks=6, resident=0, slots=1, source="disk"),
+]
+
+
+@pytest.mark.parametrize("placement", TIERS, ids=lambda p: p.to_json())
+@pytest.mark.usefixtures("_no_grad")
+def test_what_waits_in_ram_is_read_once_and_the_others_at_each_step(
+    folder: Path, placement: Placement, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the copies of a GPU, on memory of the CPU; with the bits of the plain forward."""
+    gpu, cudart = AsyncGpu(0, monkeypatch), Cudart()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    monkeypatch.setattr(
+        placed.Blocks,
+        "_transfer",
+        lambda _, fill, slots, locked: StreamCopies(fill, slots, locked),
+    )
+    read, reads = weights.read, Counter[str]()
+
+    def noting(pairs: Any, *rest: Any, **more: Any) -> None:
+        pairs = list(pairs)
+        reads.update(
+            stored.name.split(".")[1] for stored, _ in pairs[:1] if "attn" in pairs[0][0].name
+        )
+        read(pairs, *rest, **more)
+
+    monkeypatch.setattr(weights, "read", noting)
+    plain = QwenImageTransformer2DModel.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    ours = Transformer(folder, placement, torch.device("cpu"), torch.bfloat16, Reader())
+    latents, prompt = torch.randn(1, 24, 64).bfloat16(), torch.randn(1, 5, 32).bfloat16()
+    timesteps = torch.tensor([900.0, 512.5, 20.0])
+    forward = Forward(ours, timesteps, (4, 6), Reader())
+    for step, timestep in enumerate(timesteps):
+        theirs = plain(
+            hidden_states=latents,
+            timestep=timestep.expand(1).bfloat16() / 1000,
+            encoder_hidden_states=prompt,
+            img_shapes=SHAPES,
+            return_dict=False,
+        )[0]
+        assert torch.equal(forward(latents, step, [forward.condition(prompt)])[0][0], theirs)
+    residents, pinned = interleaved(6, placement.resident), placement.streamed("pinned")
+    streamed = [block for block in range(6) if block not in residents]
+    on_disk = [place for place, block in enumerate(streamed) if reads[str(block)] == 3]
+    assert len(on_disk) == placement.streamed("disk")
+    assert sum(reads.values()) == 6 + 2 * len(on_disk)
+    gaps = [after - before for before, after in itertools.pairwise(on_disk)]
+    assert not gaps or max(gaps) - min(gaps) <= 1, "they are spread evenly"
+    buffers = 0 if pinned == len(streamed) else min(2, placement.slots)
+    assert len(cudart.locked) == pinned + buffers
+    ours.rest()
+    assert len(cudart.locked) == pinned
+    ours.close()
+    gpu.finish()
+    assert not cudart.locked
 
 
 @pytest.mark.parametrize("pictures", [1, 3])

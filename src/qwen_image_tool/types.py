@@ -207,12 +207,21 @@ class PhaseNeed(Value):
 
 class Placement(Value):
     """Where a model's repeated blocks are: `resident` of them on the device, the others taking
-    turns in `slots` buffers there, from `source`."""
+    turns in `slots` buffers there, from `source`: page-locked RAM, RAM, or disk. What does not fit
+    in there comes from the next: `pageable` of them from RAM, `disk` of them from disk."""
 
     blocks: int
     resident: int
     slots: int = 0
     source: Literal["", "pinned", "pageable", "disk"] = ""
+    pageable: int = 0
+    disk: int = 0
+
+    def streamed(self, place: str) -> int:
+        """How many come from `place`, a source."""
+        others = {"pageable": self.pageable, "disk": self.disk}
+        rest = self.blocks - self.resident - sum(others.values())
+        return others.get(place, 0) + rest * (place == self.source)
 
 
 class Plan(Value):

@@ -2,7 +2,7 @@
 
 import copy
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 
@@ -14,10 +14,9 @@ from qwen_image_tool.engine.host import HostMemory
 from qwen_image_tool.engine.ring import (
     Background,
     Fill,
-    PinnedCopies,
     PlainCopies,
     Ring,
-    StagedCopies,
+    StreamCopies,
     Transfer,
     interleaved,
 )
@@ -45,11 +44,13 @@ class Blocks:
         reader: Reader,
     ) -> None:
         self._modules, self._prefix, self._checkpoint = modules, prefix, checkpoint
-        self._placement, self._device = placement, device
+        self._device = device
         self._layout = Layout.of(modules[0], dtype)
         self._residents = interleaved(len(modules), placement.resident)
         kept = set(self._residents)
-        self._streamed = [number for number in range(len(modules)) if number not in kept]
+        streamed = [number for number in range(len(modules)) if number not in kept]
+        in_host = _spread(streamed, len(streamed) - placement.streamed("disk"))
+        self._to_lock = _spread(in_host, placement.streamed("pinned"))
         self._slots = [copy.deepcopy(modules[0]) for _ in range(placement.slots)]
         self._ring: Ring | None = None
         self._host: dict[int, HostMemory] = {}
@@ -59,7 +60,6 @@ class Blocks:
         slabs = [self._device_memory() for _ in self._residents]
         for number, slab in zip(self._residents, slabs, strict=True):
             self._layout.attach(modules[number], slab)
-        in_host = self._streamed if placement.source in ("pinned", "pageable") else []
         reader.expect(sum(s.bytes for n in (*self._residents, *in_host) for s in stored[n]))
         loader = ThreadPoolExecutor(1, thread_name_prefix="load")
         self.loading: Future[None] = loader.submit(self._load, slabs, in_host, reader)
@@ -73,8 +73,7 @@ class Blocks:
     @property
     def unlocked(self) -> int:
         """How many blocks the system did not page-lock that are to be; once all is read."""
-        wanted = self._host.values() if self._placement.source == "pinned" else ()
-        return sum(not memory.locked for memory in wanted)
+        return sum(not self._host[number].locked for number in self._to_lock)
 
     def walk(self, last: bool = False) -> Iterator[tuple[int, nn.Module]]:
         """Every block in order, ready to run on the device; waits until what stays is read. No
@@ -123,15 +122,17 @@ class Blocks:
                 raise Cancelled("Stopped.", "Nothing was written.")
             reader(self._reads(number, slab))
 
-        uploads = self._transfer(fill, slabs) if slabs else None
+        uploads = self._transfer(fill, slabs, {}) if slabs else None
         try:
+            if uploads:
+                uploads.expect(self._residents)
             for place, number in enumerate(self._residents):
                 assert uploads
                 uploads.start(number, place)
             for number in in_host:
                 self._host[number] = memory = HostMemory(self._layout.bytes)
                 fill(number, memory.tensor)
-                if self._placement.source == "pinned":
+                if number in self._to_lock:
                     memory.lock()
             for place in range(len(slabs)):
                 assert uploads
@@ -149,21 +150,25 @@ class Blocks:
         return Ring(len(self._modules), residents, self._slots, transfer)
 
     def _stream(self, slots: Sequence[torch.Tensor]) -> Transfer:
-        """What fills the slots, from where the streamed blocks are."""
-        if not self._host:
-            self._resting.clear()
-            return self._transfer(self._fill_from_disk, slots)
-        if all(memory.locked for memory in self._host.values()):
-            return PinnedCopies(lambda number: self._host[number].tensor, slots)
-        return self._transfer(lambda n, slab: slab.copy_(self._host[n].tensor), slots)
+        """Fills the slots from where each of the streamed blocks waits."""
+        self._resting.clear()
+        locked = {number: each.tensor for number, each in self._host.items() if each.locked}
+        return self._transfer(self._bring, slots, locked)
 
-    def _fill_from_disk(self, number: int, slab: torch.Tensor) -> None:
-        weights.read(self._reads(number, slab), is_cancelled=self._resting.is_set)
+    def _bring(self, number: int, slab: torch.Tensor) -> None:
+        """Fill `slab` from where a streamed block waits."""
+        if number in self._host:
+            slab.copy_(self._host[number].tensor)
+        else:
+            weights.read(self._reads(number, slab), is_cancelled=self._resting.is_set)
 
-    def _transfer(self, fill: Fill, slots: Sequence[torch.Tensor]) -> Transfer:
-        if self._device.type == "cpu":
-            return Background(fill, slots)
-        return (StagedCopies if self._device.type == "cuda" else PlainCopies)(fill, slots)
+    def _transfer(
+        self, fill: Fill, slots: Sequence[torch.Tensor], locked: Mapping[int, torch.Tensor]
+    ) -> Transfer:
+        """Fills `slots` by `fill`, or where the device can, with what `locked` has from there."""
+        if self._device.type == "cuda":
+            return StreamCopies(fill, slots, locked)
+        return (Background if self._device.type == "cpu" else PlainCopies)(fill, slots)
 
     def _device_memory(self) -> torch.Tensor:
         """For one block."""
@@ -173,6 +178,11 @@ class Blocks:
 
     def _reads(self, number: int, slab: torch.Tensor) -> list[tuple[Stored, torch.Tensor]]:
         return self._layout.reads(self._checkpoint, f"{self._prefix}{number}.", slab)
+
+
+def _spread(numbers: Sequence[int], count: int) -> list[int]:
+    """So many of them, evenly."""
+    return [numbers[place] for place in interleaved(len(numbers), count)]
 
 
 def load(

@@ -2,12 +2,15 @@
 
 A slot is a block's module over one preallocated buffer. Fill number f puts streamed block f mod m
 into slot f mod k, and is started as soon as fill f - k has been used: the copies run ahead of the
-computation by k blocks, past the end of a walk into the one that follows.
+computation by k blocks, past the end of a walk into the one that follows. A transfer is told a walk
+before what it will fill, so that it reads from a slow disk further ahead, into memory of its own.
 """
 
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Protocol
 
 import torch
@@ -18,6 +21,9 @@ from qwen_image_tool.engine.host import HostMemory
 
 class Transfer(Protocol):
     """Moves blocks into slots, beside the computation."""
+
+    def expect(self, blocks: Sequence[int]) -> None:
+        """These are started next, in this order, after those that are expected already."""
 
     def start(self, block: int, slot: int) -> None:
         """Begin to fill `slot` with `block`, once what was released there is computed."""
@@ -64,6 +70,8 @@ class Ring:
     def _take_turns(self, last: bool) -> Iterator[tuple[int, nn.Module]]:
         fill, self._next = self._next or 0, None
         fills = fill + len(self._streamed)
+        if not last:
+            self._expect()  # the next walk
         for block in range(self._count):
             if block in self._residents:
                 yield block, self._residents[block]
@@ -88,7 +96,12 @@ class Ring:
         assert self._transfer
         self._transfer.start(self._streamed[fill % len(self._streamed)], fill % len(self._slots))
 
+    def _expect(self) -> None:
+        if self._transfer:
+            self._transfer.expect(self._streamed)
+
     def _begin(self) -> None:
+        self._expect()
         for fill in range(len(self._slots)):
             self._start(fill)
         self._next = 0
@@ -116,6 +129,9 @@ class Background:
         self._slots = slots
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="ring")
         self._filled: dict[int, Future[object]] = {}
+
+    def expect(self, blocks: Sequence[int]) -> None:
+        """It reads no further ahead than its slots reach."""
 
     def start(self, block: int, slot: int) -> None:
         self._filled[slot] = self._pool.submit(self._send, block, slot)
@@ -152,66 +168,98 @@ class PlainCopies(Background):
         torch.accelerator.synchronize()
 
 
-class PinnedCopies:
-    """A Transfer from page-locked host memory: one asynchronous copy a block on a stream of its
-    own, ordered by events alone. `slab` gives a block's packed weights there."""
+@dataclass(frozen=True)
+class Buffer:
+    """Page-locked memory for one block; `sent`: when what it held has left it."""
 
-    def __init__(self, slab: Callable[[int], torch.Tensor], slots: Sequence[torch.Tensor]) -> None:
-        self._slab, self._slots = slab, slots
-        self._stream = copy_stream(slots[0].device)
-        self._filled = [torch.cuda.Event() for _ in slots]
-        self._free = [torch.cuda.Event() for _ in slots]
+    memory: HostMemory
+    sent: torch.cuda.Event
 
-    def start(self, block: int, slot: int) -> None:
-        with torch.cuda.stream(self._stream):
-            self._stream.wait_event(self._free[slot])
-            self._slots[slot].copy_(self._slab(block), non_blocking=True)
-            self._filled[slot].record(self._stream)
 
-    def wait(self, slot: int) -> None:
-        torch.cuda.current_stream().wait_event(self._filled[slot])
+class Staging:
+    """`count` buffers of `size` bytes. A thread fills them with what is expected, in that order, as
+    soon as one is free, so that a disk works on while other blocks are sent and computed."""
 
-    def release(self, slot: int) -> None:
-        self._free[slot].record()
+    def __init__(self, fill: Fill, size: int, count: int) -> None:
+        self._fill = fill
+        self._buffers = [Buffer(HostMemory(size), torch.cuda.Event()) for _ in range(count)]
+        self._free: SimpleQueue[Buffer | None] = SimpleQueue()
+        for buffer in self._buffers:
+            buffer.memory.lock()
+            self._free.put(buffer)
+        self._coming: deque[tuple[int, Future[Buffer]]] = deque()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="staging")
+
+    def expect(self, blocks: Sequence[int]) -> None:
+        """These are taken next, after those that are expected already."""
+        self._coming.extend((block, self._pool.submit(self._read, block)) for block in blocks)
+
+    def take(self, block: int) -> Buffer:
+        """The buffer with `block`, once it is filled; then `give_back` it. What was expected before
+        `block` is let go of: its walk was left early. Raises what the fill raised."""
+        number, coming = self._coming.popleft()
+        while number != block:
+            self.give_back(coming.result())
+            number, coming = self._coming.popleft()
+        return coming.result()
+
+    def give_back(self, buffer: Buffer) -> None:
+        """It is filled anew, once what it holds is sent."""
+        self._free.put(buffer)
 
     def close(self) -> None:
-        self._stream.synchronize()
-
-
-class StagedCopies:
-    """A Transfer from pageable memory or from disk: a thread fills one of two page-locked buffers
-    and sends it on, while the other is on its way."""
-
-    def __init__(self, fill: Fill, slots: Sequence[torch.Tensor]) -> None:
-        self._fill, self._slots = fill, slots
-        self._stream = copy_stream(slots[0].device)
-        self._staging = [HostMemory(slots[0].nbytes) for _ in range(min(2, len(slots)))]
-        for memory in self._staging:
-            memory.lock()
-        self._sent = [torch.cuda.Event() for _ in self._staging]
-        self._filled = [torch.cuda.Event() for _ in slots]
-        self._free = [torch.cuda.Event() for _ in slots]
-        self._turn = itertools.cycle(range(len(self._staging)))
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="ring")
-        self._sending: dict[int, Future[object]] = {}
-
-    def start(self, block: int, slot: int) -> None:
-        self._sending[slot] = self._pool.submit(self._send, block, slot)
+        """What is sent has left the buffers."""
+        self._free.put(None)
+        self._pool.shutdown(cancel_futures=True)
+        for buffer in self._buffers:
+            buffer.memory.close()
 
     @torch.inference_mode()  # a thread's own state
-    def _send(self, block: int, slot: int) -> None:
-        turn = next(self._turn)
-        staging = self._staging[turn].tensor
-        self._sent[turn].synchronize()  # the buffer may still be on its way
-        self._fill(block, staging)
-        with torch.cuda.stream(self._stream):
-            self._stream.wait_event(self._free[slot])
-            self._slots[slot].copy_(staging, non_blocking=True)
-            self._sent[turn].record(self._stream)
-            self._filled[slot].record(self._stream)
+    def _read(self, block: int) -> Buffer:
+        buffer = self._free.get()
+        if buffer is None:  # closed
+            raise CancelledError
+        try:
+            buffer.sent.synchronize()
+            self._fill(block, buffer.memory.tensor)
+        except BaseException:
+            self._free.put(buffer)
+            raise
+        return buffer
+
+
+class StreamCopies:
+    """A Transfer by a copy stream, ordered by events alone. What `locked` has, page-locked, is
+    copied from there; `fill` puts all else, from pageable memory or from disk, into a Staging."""
+
+    def __init__(
+        self, fill: Fill, slots: Sequence[torch.Tensor], locked: Mapping[int, torch.Tensor]
+    ) -> None:
+        self._fill, self._slots, self._locked = fill, slots, locked
+        self._staging: Staging | None = None
+        self._stream = copy_stream(slots[0].device)
+        self._filled = [torch.cuda.Event() for _ in slots]
+        self._free = [torch.cuda.Event() for _ in slots]
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="ring")
+        self._sending: dict[int, Future[None]] = {}
+
+    def expect(self, blocks: Sequence[int]) -> None:
+        staged = [block for block in blocks if block not in self._locked]
+        if staged and self._staging is None:
+            count = min(2, len(self._slots))
+            self._staging = Staging(self._fill, self._slots[0].nbytes, count)
+        if self._staging:
+            self._staging.expect(staged)
+
+    def start(self, block: int, slot: int) -> None:
+        self._settle(slot)  # of a walk that was left early
+        if block in self._locked:
+            self._send(self._locked[block], slot)
+        else:
+            self._sending[slot] = self._pool.submit(self._send_on, block, slot)
 
     def wait(self, slot: int) -> None:
-        self._sending[slot].result()
+        self._settle(slot)
         torch.cuda.current_stream().wait_event(self._filled[slot])
 
     def release(self, slot: int) -> None:
@@ -220,8 +268,27 @@ class StagedCopies:
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
         self._stream.synchronize()
-        for memory in self._staging:
-            memory.close()
+        if self._staging:
+            self._staging.close()
+
+    def _settle(self, slot: int) -> None:
+        """The copy into `slot` is on the stream."""
+        if sending := self._sending.pop(slot, None):
+            sending.result()
+
+    @torch.inference_mode()  # a thread's own state
+    def _send_on(self, block: int, slot: int) -> None:
+        assert self._staging
+        buffer = self._staging.take(block)
+        self._send(buffer.memory.tensor, slot)
+        buffer.sent.record(self._stream)
+        self._staging.give_back(buffer)
+
+    def _send(self, slab: torch.Tensor, slot: int) -> None:
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(self._free[slot])
+            self._slots[slot].copy_(slab, non_blocking=True)
+            self._filled[slot].record(self._stream)
 
 
 def copy_stream(device: torch.device) -> torch.cuda.Stream:
