@@ -73,7 +73,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rival-cap", type=float, default=16, help="GiB")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--layers", type=int, help="for a model that is made here")
-    parser.add_argument("--placement", help="RESIDENT,SLOTS,SOURCE in place of the planner's")
+    parser.add_argument(
+        "--placement", help="RESIDENT,SLOTS,SOURCE[,DISK] in place of the planner's"
+    )
     parser.add_argument("--text-placement", help="the same for the text encoder")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--docs", type=Path)
@@ -410,7 +412,7 @@ def plan_for(options: argparse.Namespace, request: Any, installed: Any, here: An
         changes = {"compiled": True, "attention": here.rates.attention_backend}
     for name in ("placement", "text_placement"):
         if getattr(options, name):
-            resident, slots, source = getattr(options, name).split(",")
+            resident, slots, source, *disk = getattr(options, name).split(",")
             count = getattr(plan, name).blocks
             changes |= {"device": "cuda", "dtype": "bfloat16"}
             changes[name] = Placement(
@@ -418,6 +420,7 @@ def plan_for(options: argparse.Namespace, request: Any, installed: Any, here: An
                 resident=min(count, int(resident)),
                 slots=int(slots),
                 source=source or "",
+                disk=int(disk[0]) if disk else 0,
             )
     return plan.model_copy(update=changes)
 

@@ -11,7 +11,7 @@ from qwen_image_tool.catalog.costs import card, load_costs
 from qwen_image_tool.device import invented
 from qwen_image_tool.errors import BadRequest, CannotRun
 from qwen_image_tool.needs import Needs, Way
-from qwen_image_tool.planner import GIB, next_plans, plans_after
+from qwen_image_tool.planner import GIB, USABLE_RAM, next_plans, plans_after
 from qwen_image_tool.store import Installed, as_published, blocks_of, text_layers_of
 from qwen_image_tool.types import Device, Placement, Plan, Rates, Request, Size
 
@@ -137,6 +137,12 @@ def check_places(on: Device, found: tuple[Plan, ...]) -> None:
             if each.device == "cpu" or on.shared_memory:
                 assert placement.source in ("", "disk")
             assert placement.source != "pinned" or on.kind in ("cuda", "rocm")
+            parts = [placement.streamed(place) for place in ("pinned", "pageable", "disk")]
+            assert sum(parts) == streamed
+            assert not streamed or placement.streamed(placement.source) > 0
+            assert not placement.pageable or placement.source == "pinned"
+            assert not placement.disk or placement.source in ("pinned", "pageable")
+            assert min(placement.pageable, placement.disk, *parts) >= 0
         if each.mode == "exact":
             assert not each.compiled
             assert each.attention == ""
@@ -199,6 +205,64 @@ def test_more_memory_is_never_slower(
             assert seconds_once_loaded(after) <= seconds_once_loaded(before) * (1 + 1e-9)
 
 
+SMALL_STEPS = [ram / 2 for ram in range(2 * 8, 2 * 64 + 1)]  # GiB
+# A SATA disk, which no step hides
+SATA = KNOWN["4060ti"].model_copy(update={"disk": 5e8})
+
+
+@pytest.mark.parametrize(
+    ("kind", "system"), [("cuda", "linux"), ("cuda", "win32"), ("xpu", "linux")]
+)
+@pytest.mark.parametrize("installed", [FULL, NEW], ids=lambda m: str(m.model.id))
+@pytest.mark.parametrize("vram", [6, 12])
+@pytest.mark.parametrize(
+    "rates", [KNOWN["4090"], SATA, WARM, Rates()], ids=["4090", "sata", "warm disk", "unknown"]
+)
+def test_more_ram_reads_less_at_each_step(
+    kind: str, system: str, installed: Installed, vram: int, rates: Rates
+) -> None:
+    """And all that is free is used: one block less on disk would not fit."""
+    machines = [device(kind, ram, vram, system=system, rates=rates) for ram in SMALL_STEPS]
+    found = [plan(on, installed, size=Size(1024, 1024)) for on in machines]
+    for on, each in zip(machines, found, strict=True):
+        assert each.device == kind
+        assert each.ram_bytes <= on.ram_free_bytes
+        if each.placement.streamed("disk"):
+            spare = 2 * installed.blocks.bytes  # what the last blocks need no buffers for
+            assert each.ram_bytes + spare + installed.blocks.bytes > USABLE_RAM * on.ram_free_bytes
+    for before, after in pairwise(found):
+        assert reads_a_step(after) <= reads_a_step(before)
+        assert after.bytes_per_step == before.bytes_per_step
+        assert after.placement.streamed("pinned") >= before.placement.streamed("pinned")
+        assert seconds_once_loaded(after) <= seconds_once_loaded(before) * (1 + 1e-9)
+    assert reads_a_step(found[-1]) == 0
+    counts = {reads_a_step(each) for each in found}
+    assert len(counts) > (found[0].placement.streamed("disk") + 1) / 2, "it goes block by block"
+
+
+def reads_a_step(found: Plan) -> int:
+    [drawing] = [need.read_bytes for need in found.phases if need.phase == "denoise"]
+    return drawing
+
+
+def test_a_slow_disk_is_waited_for_less_with_more_ram() -> None:
+    """Seconds of a step are those of the disk as long as it is the slowest."""
+    found = [plan(device("cuda", ram, 12, rates=SATA), steps=10) for ram in (8, 12, 16)]
+    for each in found:
+        [drawing] = [need for need in each.phases if need.phase == "denoise"]
+        read = each.placement.streamed("disk") * FULL.blocks.bytes
+        assert drawing.read_bytes == 10 * read
+        assert drawing.seconds == pytest.approx(10 * read / 5e8, rel=0.2)
+        assert "the computation waits for them" in each.reasons[2]
+    kept = [each.blocks - each.resident - each.disk for each in (p.placement for p in found)]
+    assert kept == sorted(set(kept))
+    streamed, disk = kept[1] + found[1].placement.disk, found[1].placement.disk
+    assert found[1].reasons[1] == (
+        f"The 12.0 GiB of free RAM hold {kept[1]} of these {streamed}; the rest"
+        f" ({disk * FULL.blocks.bytes / 1e9:.1f} GB) is read from disk at each step."
+    )
+
+
 def test_more_ram_never_reads_more() -> None:
     for installed in (FULL, NEW):
         machines = [device("cpu", ram, rates=CPU_RATES) for ram in range(6, 64, 2)]
@@ -255,15 +319,20 @@ def test_what_the_memory_of_a_card_does_not_hold_waits_in_ram() -> None:
 def test_little_ram_is_answered_by_reading_from_disk() -> None:
     sources = [
         (each.placement.source, each.text_placement.source)
-        for each in (plan(device("cuda", ram, 8)) for ram in (6, 32, 64))
+        for each in (plan(device("cuda", ram, 8)) for ram in (4, 6, 32, 64))
     ]
-    assert sources == [("disk", "disk"), ("pinned", "disk"), ("pinned", "pinned")]
+    assert sources == [("disk", "disk"), *[("pinned", "disk")] * 2, ("pinned", "pinned")]
 
 
 @pytest.mark.parametrize("system", ["win32", "wsl"])
 def test_windows_page_locks_less(system: str) -> None:
-    found = plan(device("cuda", 40, 8, system=system))
-    assert found.placement.source == "pageable"
+    on = device("cuda", 36, 8, system=system)
+    found = plan(on)
+    assert found.placement.source == "pinned"
+    assert found.placement.pageable > 0
+    assert not found.placement.disk
+    assert found.placement.streamed("pinned") * FULL.blocks.bytes <= 0.4 * on.ram_bytes
+    assert found.reasons[0].endswith("once a step, from RAM.")
     assert any("Windows page-locks" in reason for reason in found.reasons)
     assert plan(device("cuda", 90, 24, system=system)).placement.source == "pinned"
 

@@ -61,6 +61,10 @@ class Needs:
         """Weights that cross to the device at each step, for all pictures and CFG halves."""
         return _streamed(way.blocks) * self.installed.blocks.bytes * _widened(way)
 
+    def disk_bytes_per_step(self, way: Way) -> int:
+        """Those of them that are read from disk."""
+        return way.blocks.streamed("disk") * self.installed.blocks.bytes
+
     def drawing_bytes(self, way: Way) -> int:
         """Device memory that the steps take and give back: the slots, the streams in lockstep, and
         the block that is computed."""
@@ -87,7 +91,7 @@ class Needs:
 
     def copying_seconds(self, way: Way) -> float | None:
         """What the copies of a step take by themselves."""
-        return self._copying(self.bytes_per_step(way), way.blocks.source, way)
+        return self._copying(way.blocks, self.installed.blocks.bytes * _widened(way), way)
 
     def denoise_seconds(self, way: Way) -> float | None:
         step = self.step_seconds(way)
@@ -190,15 +194,14 @@ class Needs:
         """Of a model that is not loaded yet and a prompt and a schedule that are new."""
         model, blocks = self.installed, self.installed.blocks
         layers = model.text_layers
-        stays = blocks.count if way.blocks.source != "disk" else way.blocks.resident
-        passing = (blocks.count - stays) * blocks.bytes
+        stays = blocks.count - way.blocks.streamed("disk")
         return {
             "load": outer_bytes(model)
             + model.bytes["vae"]
             + stays * blocks.bytes
             + blocks.count * blocks.modulation_bytes,
             "encode": layers.count * layers.bytes,
-            "denoise": self.steps * passing,
+            "denoise": self.steps * self.disk_bytes_per_step(way),
             "decode": 0,
         }
 
@@ -216,7 +219,7 @@ class Needs:
     def _encode_seconds(self, way: Way, read: int) -> float | None:
         """A layer is sent on as soon as it is read, so the slower of the two counts."""
         rates, layers = self._rates(way), self.installed.text_layers
-        copying = self._copying(_streamed(way.text) * layers.bytes, way.text.source, way)
+        copying = self._copying(way.text, layers.bytes, way)
         if not rates.disk or not rates.matmul or copying is None:
             return None
         tokens = sum(self._prompts) + LEADING_TOKENS * len(self._prompts)
@@ -253,17 +256,24 @@ class Needs:
         pixel = products + math.sqrt(share) * family.decode_traffic / self._memory_rate(way)
         return self.request.images * self.working.pixels * pixel * again
 
-    def _copying(self, size: int, source: str, way: Way) -> float | None:
-        """Seconds to bring `size` bytes to the device from where they wait."""
-        if not size:
-            return 0.0
+    def _copying(self, placement: Placement, size: int, way: Way) -> float | None:
+        """Seconds to bring the streamed blocks, of `size` bytes each, to the device. One thread
+        fills the buffers with what is not page-locked, while all that is ready crosses the bus."""
         rates = self.device.rates
         no_bus = way.device == "cpu" or self.device.shared_memory
         # What is read goes through the buffers of what waits in RAM: it comes no faster
         through = rates.bus and (rates.pageable or rates.bus)
-        from_disk = [rates.disk] if no_bus else [rates.disk, through]
-        limits = {"pinned": [rates.bus], "pageable": [rates.pageable], "disk": from_disk}[source]
-        return size / min(limits) if all(limits) else None
+        limits = {
+            "pinned": [rates.bus],
+            "pageable": [rates.pageable, rates.bus],
+            "disk": [rates.disk] if no_bus else [rates.disk, through],
+        }
+        used = {place: n for place in limits if (n := placement.streamed(place))}
+        if not all(min(limits[place]) for place in used):
+            return None
+        filling = [n * size / min(limits[place]) for place, n in used.items() if place != "pinned"]
+        crossing = 0.0 if no_bus or not used else _streamed(placement) * size / rates.bus
+        return max(sum(filling), crossing)
 
     def _memory_rate(self, way: Way) -> float:
         rates = self._rates(way)
@@ -294,12 +304,13 @@ def _streamed(placement: Placement) -> int:
 
 def _waiting(placement: Placement, blocks: Blocks) -> int:
     """RAM of the streamed blocks."""
-    return _streamed(placement) * blocks.bytes * (placement.source in ("pinned", "pageable"))
+    return (placement.streamed("pinned") + placement.streamed("pageable")) * blocks.bytes
 
 
 def _staging(placement: Placement, blocks: Blocks) -> int:
     """RAM of the page-locked buffers that streamed blocks are sent through."""
-    return placement.slots * blocks.bytes * (placement.source in ("pageable", "disk"))
+    staged = placement.streamed("pageable") + placement.streamed("disk")
+    return placement.slots * blocks.bytes * bool(staged)
 
 
 def _widened(way: Way) -> int:

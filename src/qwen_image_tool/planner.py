@@ -1,8 +1,8 @@
 """How a request runs on a device: pure, no torch, nothing read from the machine.
 
-On a GPU as many blocks stay as fit; the others cross to it once a step, from page-locked RAM, from
-RAM, or from disk. On the CPU, what the RAM does not hold is read from disk. `needs.py` says what
-each way takes.
+On a GPU as many blocks stay as fit; the others cross to it once a step: from page-locked RAM as far
+as it goes, then from RAM, then from disk. On the CPU, what the RAM does not hold is read from disk.
+`needs.py` says what each way takes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,23 +21,13 @@ USABLE_VRAM = 0.95  # and for what the allocator can't use
 CAREFUL_VRAM = 0.8  # after it ran out of memory
 PINNED_ON_WINDOWS = 0.4  # of the RAM; it refuses at about half
 LESS_RAM = 0.9  # of a plan's, is worth a try where it was not there
+WINDOWS = ("win32", "wsl")
 SLOTS = 2  # buffers that streamed blocks take turns in
 PNG_BYTES_PER_PIXEL = 4  # RGBA that does not compress at all
 METADATA_BYTES = 64 << 10
 FLOAT32_LIMIT = 2 * GIB  # models up to this size compute in float32 on the CPU
 LONG = 1800  # seconds of drawing that are worth a warning
 SMALLER = (0.75, 0.5, 0.375, 0.25)  # of each side, tried for the hint
-
-# transformer, text encoder: from the fastest to what needs least RAM
-SOURCES = (
-    ("pinned", "pinned"),
-    ("pinned", "pageable"),
-    ("pinned", "disk"),
-    ("pageable", "pageable"),
-    ("pageable", "disk"),
-    ("disk", "disk"),
-)
-FROM = {"pinned": "page-locked RAM", "pageable": "RAM", "disk": "disk"}
 
 
 def plan(request: Request, installed: Installed, device: Device, anyway: bool = False) -> Plan:
@@ -142,16 +132,38 @@ def _smaller(needs: Needs, way: Way) -> Iterator[Way]:
 
 
 def _with_sources(needs: Needs, way: Way, vram: float) -> Way | None:
-    """The way with what it streams from the fastest place that holds it; None where it does not
+    """The way with what it streams in the fastest places that hold it; None where it does not
     fit."""
     if not _fits_vram(needs, way, vram):
         return None
-    for source, text_source in SOURCES:
-        if _may(needs.device, source) and _may(needs.device, text_source):
-            placed = _from(way, source, text_source)
-            if _fits(needs, placed, vram) and _pinned(needs, placed) <= _pinnable(needs.device):
-                return placed
-    return None
+    return _in_ram(needs, way, _lockable(needs.device))
+
+
+def _in_ram(needs: Needs, way: Way, lockable: int) -> Way | None:
+    """The way with as much of what it streams in RAM as that holds, page-locked up to `lockable`
+    bytes; None where it does not fit even with all of it on disk."""
+    least = _from(way, "disk", "disk")
+    if not _fits(needs, least):
+        return None
+    return next(each for each in _tiers(needs, least, lockable) if _fits(needs, each))
+
+
+def _tiers(needs: Needs, way: Way, lockable: int) -> Iterator[Way]:
+    """From the most RAM to the least, which is the `way` itself: the text encoder, needed once a
+    prompt, goes first, then blocks go one by one. Where CPU and GPU share memory a copy in RAM
+    helps nobody."""
+    if not needs.device.shared_memory:
+        blocks, layers = needs.installed.blocks, needs.installed.text_layers
+        streamed = way.blocks.blocks - way.blocks.resident
+        lockable_blocks = lockable // blocks.bytes
+        kept = replace(way, blocks=_kept(way.blocks, streamed, lockable_blocks))
+        left = lockable - kept.blocks.streamed("pinned") * blocks.bytes
+        if layers.count * layers.bytes <= left:
+            yield replace(kept, text=_kept(way.text, layers.count, layers.count))
+        yield replace(kept, text=_kept(way.text, layers.count, 0))
+        for count in range(streamed, 0, -1):
+            yield replace(way, blocks=_kept(way.blocks, count, lockable_blocks))
+    yield way
 
 
 def _computed(needs: Needs, way: Way) -> Way:
@@ -215,34 +227,33 @@ def _placements(blocks: Blocks) -> Iterator[Placement]:
 
 
 def _from(way: Way, source: str, text_source: str) -> Way:
-    return replace(
-        way,
-        blocks=way.blocks.model_copy(update={"source": source if way.blocks.slots else ""}),
-        text=way.text.model_copy(update={"source": text_source if way.text.slots else ""}),
+    """The way with all that it streams in these places."""
+    blocks, text = (
+        placement.model_copy(
+            update={"source": place if placement.slots else "", "pageable": 0, "disk": 0}
+        )
+        for placement, place in ((way.blocks, source), (way.text, text_source))
     )
+    return replace(way, blocks=blocks, text=text)
 
 
-def _may(device: Device, source: str) -> bool:
-    """Where CPU and GPU share memory a copy in RAM helps nobody. torch page-locks a buffer of ours
-    for CUDA and ROCm alone."""
-    if device.shared_memory:
-        return source == "disk"
-    return source != "pinned" or device.kind in ("cuda", "rocm")
+def _kept(placement: Placement, count: int, lockable: int) -> Placement:
+    """With `count` of the streamed blocks in RAM, no more than `lockable` of them page-locked, and
+    the others on disk."""
+    if not placement.slots:
+        return placement
+    disk = placement.blocks - placement.resident - count
+    update = {"source": "pageable", "disk": disk}
+    if lockable:
+        update = {"source": "pinned", "pageable": max(0, count - lockable), "disk": disk}
+    return placement.model_copy(update=update)
 
 
-def _pinned(needs: Needs, way: Way) -> int:
-    model = needs.installed
-    pairs = ((way.blocks, model.blocks), (way.text, model.text_layers))
-    return sum(
-        (placement.blocks - placement.resident) * blocks.bytes
-        for placement, blocks in pairs
-        if placement.source == "pinned"
-    )
-
-
-def _pinnable(device: Device) -> float:
-    windows = device.system in ("win32", "wsl")
-    return device.ram_bytes * (PINNED_ON_WINDOWS if windows else 1.0)
+def _lockable(device: Device) -> int:
+    """Bytes of RAM that may be page-locked: torch does it for CUDA and ROCm alone."""
+    windows = device.system in WINDOWS
+    share = PINNED_ON_WINDOWS if windows else 1.0
+    return int(device.ram_bytes * share) if device.kind in ("cuda", "rocm") else 0
 
 
 # Does it fit
@@ -299,11 +310,12 @@ def _fallbacks(needs: Needs, way: Way) -> Iterator[tuple[Way, str]]:
         yield eager, "With a decoder that takes less memory than diffusers'."
     eager = replace(eager, strips=min(needs.most_strips, 2 * eager.strips))
     yield eager, "With the picture decoded in more parts."
-    for source in ("pageable", "disk"):
-        slower = _from(eager, source, source)
-        if _may(needs.device, source) and _fits(needs, slower):
-            eager = slower
-            yield eager, f"With weights from {FROM[source]}, none page-locked."
+    unlocked = _in_ram(needs, eager, 0)
+    if unlocked and "pageable" in (unlocked.blocks.source, unlocked.text.source):
+        yield unlocked, "With weights from RAM, none page-locked."
+    from_disk = _from(eager, "disk", "disk")
+    if _fits(needs, from_disk):
+        yield from_disk, "With weights from disk, none page-locked."
     on_cpu = _on_cpu(needs)
     if on_cpu:
         yield on_cpu, "Without the GPU."
@@ -338,7 +350,7 @@ def _limit(needs: Needs, way: Way) -> int:
     """For torch's allocator, where more would not fail but spill into RAM, or past a person's
     limit."""
     device = needs.device
-    spills = device.system in ("win32", "wsl") or device.shared_memory or device.vram_capped
+    spills = device.system in WINDOWS or device.shared_memory or device.vram_capped
     if way.device == "cpu" or not spills:
         return 0
     context = 0 if way.device == "mps" else needs.costs.context_bytes
@@ -381,7 +393,7 @@ def _why_gpu(needs: Needs, way: Way) -> Iterator[str]:
         yield (
             f"Runs on {device.name}: {blocks.resident} of {blocks.blocks} blocks stay in its {free}"
             f" of free memory, the others ({crossing}) cross to it once a step,"
-            f" from {FROM[blocks.source]}."
+            f" from {_places(blocks)}."
         )
         yield from _why_source(needs, way)
         yield from _why_speed(needs, way)
@@ -389,13 +401,27 @@ def _why_gpu(needs: Needs, way: Way) -> Iterator[str]:
         yield f"{device.name} has no units for bfloat16: it is slower than others of its speed."
 
 
+def _places(blocks: Placement) -> str:
+    if blocks.source == "disk":
+        return "disk"
+    ram = "RAM" if blocks.streamed("pageable") else "page-locked RAM"
+    return f"{ram} and disk" if blocks.disk else ram
+
+
 def _why_source(needs: Needs, way: Way) -> Iterator[str]:
-    if way.blocks.source == "disk" and not needs.device.shared_memory:
-        yield f"The {_gib(needs.device.ram_free_bytes)} of free RAM do not hold them."
-    elif way.blocks.source == "pageable" and needs.device.system in ("win32", "wsl"):
+    blocks, free = way.blocks, _gib(needs.device.ram_free_bytes)
+    if blocks.disk:
+        streamed = blocks.blocks - blocks.resident
+        yield (
+            f"The {free} of free RAM hold {streamed - blocks.disk} of these {streamed}; the rest"
+            f" ({needs.disk_bytes_per_step(way) / 1e9:.1f} GB) is read from disk at each step."
+        )
+    elif blocks.source == "disk" and not needs.device.shared_memory:
+        yield f"The {free} of free RAM do not hold them."
+    if blocks.streamed("pageable") and needs.device.system in WINDOWS:
         yield (
             f"Windows page-locks about half of the RAM at most, so no more than"
-            f" {_gib(int(_pinnable(needs.device)))} are."
+            f" {_gib(_lockable(needs.device))} are."
         )
 
 
