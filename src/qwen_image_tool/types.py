@@ -207,8 +207,8 @@ class PhaseNeed(Value):
 
 class Placement(Value):
     """Where a model's repeated blocks are: `resident` of them on the device, the others taking
-    turns in `slots` buffers there, from `source`: page-locked RAM, RAM, or disk. What does not fit
-    in there comes from the next: `pageable` of them from RAM, `disk` of them from disk."""
+    turns in `slots` buffers there, from `source`: page-locked RAM, RAM, or disk. Those of them that
+    do not fit there come from elsewhere: `pageable` of them from RAM, `disk` of them from disk."""
 
     blocks: int
     resident: int
