@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 
+from qwen_image_tool import device as device_module
 from qwen_image_tool import planner
 from qwen_image_tool.catalog import load_catalog
 from qwen_image_tool.catalog.costs import card, load_costs
-from qwen_image_tool.device import invented
+from qwen_image_tool.device import SYSTEMS, invented
 from qwen_image_tool.errors import BadRequest, CannotRun
 from qwen_image_tool.needs import Needs, Way
 from qwen_image_tool.planner import GIB
@@ -568,5 +569,25 @@ def test_cards_that_are_not_here() -> None:
     known = card("RTX 4060 Ti")
     assert known.vram_bytes == 16 * GIB
     assert "assumed" in invented(32 * GIB, known.vram_bytes, known).name
+
+
+def test_machines_that_are_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have this computer's system, unless another one is named."""
+    for system, source in (("linux", "pinned"), ("win32", "pageable"), ("wsl", "pageable")):
+        monkeypatch.setattr(device_module, "system", lambda system=system: system)
+        for found in (
+            plan(invented(32 * GIB, 8 * GIB)),
+            plan(invented(32 * GIB, 8 * GIB, on=system)),
+        ):
+            assert found.placement.source == source
+            assert f"Planned as on {SYSTEMS[system]} with an NVIDIA card." in found.reasons
+    mac = plan(invented(64 * GIB, None, on="darwin"))
+    assert (mac.device, mac.placement.resident) == ("mps", 60)
+    assert "Planned as on macOS with Apple's GPU." in mac.reasons
+    assert invented(64 * GIB, 80 * GIB, on="darwin").vram_bytes == 64 * GIB
+    assert plan(invented(64 * GIB, 0, on="darwin")).device == "cpu"
+
+
+def test_cards_that_are_not_known() -> None:
     with pytest.raises(BadRequest, match=r"'4060' .* 4060ti, .*--vram 8GiB"):
         card("4060")

@@ -13,7 +13,7 @@ import qwen_image_tool.ui
 from qwen_image_tool.app import BF16_ALONE
 from qwen_image_tool.catalog import load_catalog
 from qwen_image_tool.catalog.sizes import RESOLUTIONS
-from qwen_image_tool.device import ENLARGE_PAGE_FILE, Commit, NvidiaCard, TorchFacts
+from qwen_image_tool.device import ENLARGE_PAGE_FILE, Commit, NvidiaCard, TorchFacts, invented
 from qwen_image_tool.doctor import Folder, Machine, examine
 from qwen_image_tool.errors import TROUBLES, CannotRun, ToolError
 from qwen_image_tool.planner import plans
@@ -222,6 +222,12 @@ def test_a_small_page_file_is_said_in_chinese(gib: int) -> None:
         assert ENLARGE_PAGE_FILE in " ".join(texts)
         for text in texts:
             assert chinese(zh.known(sentence(zh, text))), text
+
+
+@pytest.mark.parametrize(("vram", "system"), [(8, "win32"), (0, "wsl"), (None, "darwin")])
+def test_what_it_was_planned_as_is_said_in_chinese(vram: int | None, system: str) -> None:
+    [said] = invented(32 << 30, vram and vram << 30, on=system).notes
+    assert chinese(load_words("zh").known(said)), said
 
 
 def test_limits_of_a_recommendation_are_said_in_chinese() -> None:

@@ -26,6 +26,13 @@ from qwen_image_tool.errors import ToolError
 from qwen_image_tool.types import Device, Rates, Value
 
 PAGE_FILES = r"SYSTEM\CurrentControlSet\Control\Session Manager\Memory Management"
+SYSTEMS = {
+    "linux": "Linux",
+    "win32": "Windows",
+    "wsl": "WSL",
+    "darwin": "macOS",
+}  # system() -> name
+METAL_PART = 2 / 3  # of a Mac's memory, which Metal gives the GPU; of large ones three quarters
 SAME_START = 60  # seconds that two readings of it may differ by: clocks are set
 PROBE_SECONDS = 120  # the first import of torch from a hard disk takes a minute
 REINSTALL = "Run `./qit setup` (Windows: `qit setup`) to install it again."
@@ -123,17 +130,32 @@ def system() -> str:
     return "wsl" if wsl else sys.platform
 
 
-def invented(ram_bytes: int, vram_bytes: int, card: Card | None = None) -> Device:
-    """A machine that isn't this one: all of its memory is free, its card is NVIDIA's."""
-    name = card.name if card else "the card"
+def invented(
+    ram_bytes: int, vram_bytes: int | None, card: Card | None = None, on: str = ""
+) -> Device:
+    """A machine that isn't this one: all of its memory is free, its page file is as large as it has
+    to be. Its card is NVIDIA's; a Mac's GPU has a part of the RAM, the usual one where `vram_bytes`
+    is None. `on`: a key of SYSTEMS; "" is this computer's system."""
+    on = on or system()
+    kind: Literal["cpu", "cuda", "mps"] = "mps" if on == "darwin" else "cuda"
+    if kind == "mps":
+        usual = int(ram_bytes * METAL_PART)
+        vram_bytes = usual if vram_bytes is None else min(vram_bytes, ram_bytes)
+    if not vram_bytes:
+        kind = "cpu"
+    name = {"cpu": "the CPU", "cuda": "the card", "mps": "Apple's GPU"}[kind]
+    gpu = {"cpu": "no GPU", "cuda": "an NVIDIA card", "mps": "Apple's GPU"}[kind]
     return Device(
-        kind="cuda" if vram_bytes else "cpu",
-        name=name if vram_bytes else "the CPU",
+        kind=kind,
+        name=card.name if card else name,
         rates=card.rates if card else Rates(),
         ram_bytes=ram_bytes,
         ram_free_bytes=ram_bytes,
-        vram_bytes=vram_bytes,
-        vram_free_bytes=vram_bytes,
+        vram_bytes=vram_bytes or 0,
+        vram_free_bytes=vram_bytes or 0,
+        shared_memory=kind == "mps",
+        system=on,
+        notes=(f"Planned as on {SYSTEMS.get(on, on)} with {gpu}.",),
     )
 
 
