@@ -179,6 +179,13 @@ def test_plan_for_another_system(qit: Any) -> None:
     assert max(phase["ram_bytes"] + phase["vram_bytes"] for phase in mac["phases"]) < 32 << 30
 
 
+def test_a_wrong_size_is_refused_before_anything_is_made(qit: Any, home: Path, model: str) -> None:
+    said = qit("generate", "x", "-m", model, *QUICK, "--ram", "8")
+    assert said.code == 2
+    assert not Path("output").exists()
+    assert not (home / "cache").exists()
+
+
 def test_a_run_with_little_ram_reads_from_disk_and_draws_the_same(qit: Any, tmp_path: Path) -> None:
     model = str(tiny.save(tmp_path / "six", layers=6))
     common = ["generate", "a cat", "-m", model, *QUICK, "--seed", "3", "--json"]
@@ -260,6 +267,12 @@ BAD = [
     (["generate", "x", "--n", "0"], "The number of pictures is 0"),
     (["generate", "x", "--mode", "magic"], "mode is 'magic'. Choose default or exact."),
     (["generate", "x", "--ram", "much"], "Write it like 8GiB"),
+    (["generate", "x", "--ram", "8"], "--ram 8 is 8 bytes. Write 8GiB."),
+    (["generate", "x", "--vram", "8192"], "--vram 8192 is 8192 bytes. Write 8192MiB."),
+    (["generate", "x", "--vram", ""], "--vram is empty. Write it like 8GiB."),
+    (["generate", "x", "--ram", "8,5GiB"], "--ram '8,5GiB' is not a size."),
+    (["plan", "--ram", "32", "--vram", "8"], "--ram 32 is 32 bytes. Write 32GiB."),
+    (["plan", "--ram", "32GiB", "--vram", ""], "--vram is empty"),
     (["plan", "--ram", "32GiB", "--card", ""], "Choose one of 3060"),
     (["plan", "--ram", "8GiB", "--system", "linux"], "only the RAM is given"),
     (["plan", "--system", "windows"], "only the system is given"),

@@ -1,5 +1,6 @@
 """`qit`: the commands."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -124,6 +125,7 @@ def generate(
 
       qit generate --from output/20261123-101500-seed7.png --steps 30
     """
+    ram_bytes, vram_bytes = _bytes("--ram", ram), _bytes("--vram", vram)
     app = App(load_settings())
     fields = gallery.request_from(source).to_dict() if source else {"model": DEFAULT_MODEL}
     fields |= _given(model=model, prompt=prompt, steps=steps, cfg=cfg, negative_prompt=negative)
@@ -135,8 +137,8 @@ def generate(
             Request.from_user(**fields),
             show,
             output=out,
-            ram_bytes=_bytes("--ram", ram),
-            vram_bytes=_bytes("--vram", vram),
+            ram_bytes=ram_bytes,
+            vram_bytes=vram_bytes,
             anyway=anyway,
         )
     if source and (change := made_otherwise(gallery.read_image_info(source), result)):
@@ -303,12 +305,24 @@ def _system(name: str) -> str:
 
 
 def _bytes(option: str, text: str | None) -> int | None:
+    """Raises BadRequest where it is no size, or one that leaves open what it counts."""
     if text is None:
         return None
+    if not text.strip():
+        raise BadRequest(f"{option} is empty.", "Write it like 8GiB.")
+    found = re.fullmatch(r"\s*(\d*\.?\d+)\s*([a-z]*)\s*", text, re.IGNORECASE)
+    if found and not found[2] and float(found[1]):
+        raise BadRequest(f"{option} {found[1]} is {found[1]} bytes.", f"Write {_likely(found[1])}.")
     try:
-        return TypeAdapter(ByteSize).validate_python(text)
+        return TypeAdapter(ByteSize).validate_python(text if found else "")
     except ValidationError as error:
         raise BadRequest(f"{option} {text!r} is not a size.", "Write it like 8GiB.") from error
+
+
+def _likely(number: str) -> str:
+    """With the unit that is most likely meant."""
+    size = float(number)
+    return number + ("GiB" if size < 1 << 10 else "MiB" if size < 1 << 20 else "B")
 
 
 def _usage(error: typer.TyperException) -> BadRequest:
