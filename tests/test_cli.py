@@ -166,6 +166,26 @@ def test_plan_for_a_machine_and_a_model_that_are_not_here(qit: Any) -> None:
     assert "needs" in tiny_machine.err
 
 
+def test_plan_for_another_system(qit: Any) -> None:
+    machine = ("plan", "qwen-image", "--ram", "32GiB")
+    linux = qit(*machine, "--vram", "8GiB", "--system", "linux")
+    assert "from page-locked RAM" in linux.out
+    assert "- Planned as on Linux with an NVIDIA card." in linux.out
+    windows = qit(*machine, "--vram", "8GiB", "--system", "Windows", "--json").json
+    assert windows["plan"]["placement"]["source"] == "pageable"
+    assert "Planned as on Windows with an NVIDIA card." in windows["plan"]["reasons"]
+    mac = qit(*machine, "--system", "macos", "--json").json["plan"]
+    assert mac["device"] == "mps"
+    assert max(phase["ram_bytes"] + phase["vram_bytes"] for phase in mac["phases"]) < 32 << 30
+
+
+def test_a_wrong_size_is_refused_before_anything_is_made(qit: Any, home: Path, model: str) -> None:
+    said = qit("generate", "x", "-m", model, *QUICK, "--ram", "8")
+    assert said.code == 2
+    assert not Path("output").exists()
+    assert not (home / "cache").exists()
+
+
 def test_a_run_with_little_ram_reads_from_disk_and_draws_the_same(qit: Any, tmp_path: Path) -> None:
     model = str(tiny.save(tmp_path / "six", layers=6))
     common = ["generate", "a cat", "-m", model, *QUICK, "--seed", "3", "--json"]
@@ -247,7 +267,17 @@ BAD = [
     (["generate", "x", "--n", "0"], "The number of pictures is 0"),
     (["generate", "x", "--mode", "magic"], "mode is 'magic'. Choose default or exact."),
     (["generate", "x", "--ram", "much"], "Write it like 8GiB"),
-    (["plan", "--ram", "8GiB"], "only the RAM is given"),
+    (["generate", "x", "--ram", "8"], "--ram 8 is 8 bytes. Write 8GiB."),
+    (["generate", "x", "--vram", "8192"], "--vram 8192 is 8192 bytes. Write 8192MiB."),
+    (["generate", "x", "--vram", ""], "--vram is empty. Write it like 8GiB."),
+    (["generate", "x", "--ram", "8,5GiB"], "--ram '8,5GiB' is not a size."),
+    (["plan", "--ram", "32", "--vram", "8"], "--ram 32 is 32 bytes. Write 32GiB."),
+    (["plan", "--ram", "32GiB", "--vram", ""], "--vram is empty"),
+    (["plan", "--ram", "32GiB", "--card", ""], "Choose one of 3060"),
+    (["plan", "--ram", "8GiB", "--system", "linux"], "only the RAM is given"),
+    (["plan", "--system", "windows"], "only the system is given"),
+    (["plan", "--ram", "8GiB", "--system", "BeOS"], "Choose one of linux, windows, wsl, macos."),
+    (["plan", "--ram", "8GiB", "--card", "4090", "--system", "macos"], "No Mac has such a card."),
     (["plan", "--vram", "8GiB"], "only the card is given"),
     (["plan", "--vram", "8GiB", "--card", "4090", "--ram", "8GiB"], "Leave --vram out"),
     (["generate", "x", "MODEL", "--cfg", "1", "--negative", "dark"], "does nothing at CFG 1"),

@@ -1,10 +1,13 @@
 """Device: the host's limits as a container sees them, and a torch that may fail in any way."""
 
+import contextlib
+import ctypes
 import importlib.metadata
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +18,10 @@ import pytest
 from qwen_image_tool import device
 from qwen_image_tool.catalog.costs import load_costs
 from qwen_image_tool.device import (
+    Commit,
     NvidiaCard,
     TorchFacts,
+    commit,
     cores,
     cpu_name,
     last_look,
@@ -108,6 +113,106 @@ def test_this_machine() -> None:
     assert 0 < free < total <= psutil.virtual_memory().total
     assert 1 <= cores() <= (os.cpu_count() or 1)
     assert cpu_name()
+
+
+# Windows
+
+
+class Registry:
+    """winreg, with one value."""
+
+    HKEY_LOCAL_MACHINE = "HKLM"
+
+    def __init__(self, page_files: list[str] | None) -> None:
+        self._page_files = page_files
+
+    @contextlib.contextmanager
+    def OpenKey(self, root: str, path: str) -> Iterator[str]:  # noqa: N802
+        assert (root, path) == ("HKLM", device.PAGE_FILES)
+        yield path
+
+    def QueryValueEx(self, _key: str, name: str) -> tuple[list[str], int]:  # noqa: N802
+        if self._page_files is None:
+            raise FileNotFoundError(name)
+        return self._page_files, 7
+
+
+@pytest.fixture
+def windows(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """A Windows with 16 GiB of RAM and 4 GiB of page files, which has 9 GiB left to promise."""
+
+    def answer(reference: Any) -> int:
+        status = reference._obj
+        assert status.length == ctypes.sizeof(status) == 64
+        status.ram, status.commit_limit, status.commit_free = 16 * GIB, 20 * GIB, 9 * GIB
+        return 1
+
+    def set_up(page_files: list[str] | None, disk: int = 1 << 40, free: int = 1 << 39) -> None:
+        kernel32 = SimpleNamespace(GlobalMemoryStatusEx=answer)
+        monkeypatch.setattr(ctypes, "windll", SimpleNamespace(kernel32=kernel32), raising=False)
+        monkeypatch.setitem(sys.modules, "winreg", Registry(page_files))
+        monkeypatch.setenv("SYSTEMDRIVE", "C:")
+
+        def usage(path: str) -> SimpleNamespace:
+            if path == "X:\\":
+                raise FileNotFoundError(path)
+            assert path in ("C:\\", "D:\\")
+            return SimpleNamespace(total=disk, free=free)
+
+        monkeypatch.setattr(shutil, "disk_usage", usage)
+
+    return set_up
+
+
+@pytest.mark.parametrize(
+    "page_files",
+    [
+        None,
+        [],
+        [r"C:\pagefile.sys 4096 4096"],
+        [r"C:\pagefile.sys 1024 1024", r"D:\pagefile.sys 3072 3072"],
+        [r"X:\pagefile.sys 0 0"],
+        ["nonsense"],
+    ],
+)
+def test_what_windows_can_promise(windows: Callable[..., None], page_files: list[str]) -> None:
+    windows(page_files)
+    assert commit() == Commit(limit_bytes=20 * GIB, free_bytes=9 * GIB)
+
+
+MANAGED = [[r"?:\pagefile.sys"], [r"C:\pagefile.sys 0 0"], [r"C:\pagefile.sys"]]
+
+
+@pytest.mark.parametrize("page_files", MANAGED)
+def test_a_page_file_that_windows_manages_grows(
+    windows: Callable[..., None], page_files: list[str]
+) -> None:
+    """To three times the RAM, to an eighth of its disk, or until that is full."""
+    for disk, free, growth in ((1024, 500, 44), (128, 100, 12), (1024, 5, 5), (8, 5, 0)):
+        windows(page_files, disk * GIB, free * GIB)
+        assert commit() == Commit(limit_bytes=(20 + growth) * GIB, free_bytes=(9 + growth) * GIB)
+
+
+def test_a_page_file_grows_to_what_a_person_allowed(windows: Callable[..., None]) -> None:
+    windows([r"D:\pagefile.sys 4096 8192"])
+    assert commit() == Commit(limit_bytes=24 * GIB, free_bytes=13 * GIB)
+
+
+def test_a_device_has_what_windows_can_promise(windows: Callable[..., None], ram: None) -> None:
+    windows(None)
+    assert probe(CUDA).commit_free_bytes == 9 * GIB
+
+
+def test_other_systems_promise_without_a_limit(
+    monkeypatch: pytest.MonkeyPatch, windows: Callable[..., None]
+) -> None:
+    windows(None)
+    silent = SimpleNamespace(GlobalMemoryStatusEx=lambda _: 0)
+    monkeypatch.setattr(ctypes, "windll", SimpleNamespace(kernel32=silent))
+    assert commit() is None
+    monkeypatch.delattr(ctypes, "windll")
+    assert commit() is None
+    assert probe(CUDA).commit_free_bytes is None
 
 
 # NVIDIA

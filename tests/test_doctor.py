@@ -1,23 +1,19 @@
 """Doctor: invented machines, and this one."""
 
-import ctypes
 import tomllib
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from qwen_image_tool import doctor
-from qwen_image_tool.device import NvidiaCard, TorchFacts
+from qwen_image_tool.device import Commit, NvidiaCard, TorchFacts
 from qwen_image_tool.doctor import (
     Check,
-    Commit,
     Folder,
     Machine,
     examine,
     gather,
-    read_commit,
     read_folder,
     worst,
 )
@@ -182,19 +178,6 @@ def test_folders_are_really_written_to(empty: Path) -> None:
     (empty / "file").write_text("")
     assert read_folder("output", empty / "file" / "x").error.endswith("file is not a folder")
     assert read_folder("output", Path("~nobody-of-this-name/x")).error
-
-
-def test_the_commit_limit_is_read_from_windows() -> None:
-    def answer(reference: Any) -> int:
-        status = reference._obj
-        assert status.length == ctypes.sizeof(status) == 64
-        status.commit_limit, status.commit_free = 40 * GIB, 9 * GIB
-        return 1
-
-    kernel32 = SimpleNamespace(GlobalMemoryStatusEx=answer)
-    assert read_commit(kernel32) == Commit(limit_bytes=40 * GIB, free_bytes=9 * GIB)
-    assert read_commit(SimpleNamespace(GlobalMemoryStatusEx=lambda _: 0)) is None
-    assert read_commit(None) is None
 
 
 def test_this_machine(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:

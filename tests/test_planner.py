@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 
+from qwen_image_tool import device as device_module
 from qwen_image_tool import planner
 from qwen_image_tool.catalog import load_catalog
 from qwen_image_tool.catalog.costs import card, load_costs
-from qwen_image_tool.device import invented
+from qwen_image_tool.device import SYSTEMS, invented
 from qwen_image_tool.errors import BadRequest, CannotRun
 from qwen_image_tool.needs import Needs, Way
 from qwen_image_tool.planner import GIB, USABLE_RAM, next_plans, plans_after
@@ -74,6 +75,19 @@ MACHINES = [
     for kind, vram, ram, system in CARDS
     for rates in (CPU_RATES if kind == "cpu" else RATES, Rates())
 ]
+
+
+def promising(on: Device, gib: float) -> Device:
+    """A Windows that can promise so much more."""
+    return on.model_copy(update={"system": "win32", "commit_free_bytes": int(gib * GIB)})
+
+
+MACHINES += [
+    promising(on, gib)
+    for on in MACHINES
+    if on.system == "win32" and on.rates.matmul and on.ram_free_bytes < 64 * GIB
+    for gib in (6, 24)
+]
 WORK: list[tuple[Installed, dict[str, Any]]] = [
     (FULL, {"size": Size(256, 256)}),
     (FULL, {}),
@@ -90,7 +104,8 @@ WORK: list[tuple[Installed, dict[str, Any]]] = [
 def named(on: Device) -> str:
     vram, ram = on.vram_free_bytes / GIB, on.ram_free_bytes / GIB
     known = "known" if on.rates.matmul else "unknown"
-    return f"{on.kind}-{vram:.0f}-{ram:.0f}-{on.system}-{known}"
+    promised = f"-{on.commit_free_bytes / GIB:.0f}" if on.commit_free_bytes else ""
+    return f"{on.kind}-{vram:.0f}-{ram:.0f}-{on.system}-{known}{promised}"
 
 
 @pytest.mark.parametrize("on", MACHINES, ids=named)
@@ -105,6 +120,8 @@ def test_no_plan_is_above_the_memory_and_no_fallback_takes_more(on: Device) -> N
                 both = need.ram_bytes + (need.vram_bytes if on.shared_memory else 0)
                 assert both <= on.ram_free_bytes
                 assert need.vram_bytes <= on.vram_free_bytes
+                if on.commit_free_bytes is not None:
+                    assert need.ram_bytes + need.vram_bytes <= on.commit_free_bytes
         for before, after in pairwise(found):
             assert after.vram_bytes <= before.vram_bytes
             assert after.bytes_per_step >= before.bytes_per_step or after.device == "cpu"
@@ -153,7 +170,7 @@ def check_places(on: Device, found: tuple[Plan, ...]) -> None:
 def test_there_are_enough_machines_and_most_run() -> None:
     assert len({named(on) for on in MACHINES}) >= 2 * 60
     stuck = []
-    for on in MACHINES:
+    for on in (on for on in MACHINES if on.commit_free_bytes is None):
         try:
             plan(on, size=Size(1024, 1024))
         except CannotRun:
@@ -263,6 +280,23 @@ def test_a_slow_disk_is_waited_for_less_with_more_ram() -> None:
     )
 
 
+@pytest.mark.parametrize("installed", [FULL, NEW], ids=lambda m: str(m.model.id))
+@pytest.mark.parametrize("ram_vram", [(16, 24), (64, 16)], ids=str)
+def test_a_larger_page_file_is_never_slower(
+    ram_vram: tuple[int, int], installed: Installed
+) -> None:
+    on = device("cuda", *ram_vram, rates=KNOWN["4090"])
+    size = Size(1024, 1024)
+    found = [plan(promising(on, gib), installed, size=size) for gib in range(6, 66, 2)]
+    on_gpu = [each for each in found if each.device == "cuda"]
+    assert on_gpu == found[-len(on_gpu) :], "the GPU is not left again"
+    for before, after in pairwise(on_gpu):
+        assert after.bytes_per_step <= before.bytes_per_step
+        assert seconds_once_loaded(after) <= seconds_once_loaded(before) * (1 + 1e-9)
+    unlimited = plan(on.model_copy(update={"system": "win32"}), installed, size=size)
+    assert found[-1] == unlimited != found[0]
+
+
 def test_more_ram_never_reads_more() -> None:
     for installed in (FULL, NEW):
         machines = [device("cpu", ram, rates=CPU_RATES) for ram in range(6, 64, 2)]
@@ -335,6 +369,24 @@ def test_windows_page_locks_less(system: str) -> None:
     assert found.reasons[0].endswith("once a step, from RAM.")
     assert any("Windows page-locks" in reason for reason in found.reasons)
     assert plan(device("cuda", 90, 24, system=system)).placement.source == "pinned"
+
+
+def test_a_small_page_file_is_said_where_it_decides() -> None:
+    """And nothing else is given as the reason."""
+    on = device("cuda", 64, 16, rates=RATES)
+    for gib, on_gpu, from_disk in ((50, True, False), (30, True, True), (6, False, True)):
+        found = plan(promising(on, gib))
+        said = " ".join(found.reasons)
+        assert (found.device == "cuda") == on_gpu
+        assert bool(found.placement.streamed("disk")) == from_disk
+        assert ("let Windows manage the page file" in said) == from_disk
+        assert "free RAM" not in said
+        assert "RAM does not hold" not in said
+        assert "does not fit" not in said
+    assert f"Windows can give programs {gib}.0 GiB more, RAM and GPU memory together" in said
+    short = plan(promising(device("cuda", 6, 16, rates=RATES), 24))
+    assert any("The 6.0 GiB of free RAM hold" in reason for reason in short.reasons)
+    assert not any("page file" in reason for reason in short.reasons)
 
 
 def test_torch_is_capped_where_memory_would_spill() -> None:
@@ -564,6 +616,10 @@ def test_what_cannot_run_is_said_with_its_figures_and_what_can() -> None:
     assert plan(device("cpu", 3.8), size=Size.parse(nearest)).device == "cpu"
     with pytest.raises(CannotRun, match="of GPU memory are free"):
         plan(device("cuda", 1, 1))
+    with pytest.raises(CannotRun, match=r"; Windows can give programs 2.0 GiB more.") as caught:
+        plan(promising(device("cuda", 64, 16), 2))
+    assert "of RAM and GPU memory together;" in caught.value.message
+    assert "let Windows manage the page file" in caught.value.hint
 
 
 def test_it_can_be_asked_for_anyway() -> None:
@@ -619,5 +675,25 @@ def test_cards_that_are_not_here() -> None:
     known = card("RTX 4060 Ti")
     assert known.vram_bytes == 16 * GIB
     assert "assumed" in invented(32 * GIB, known.vram_bytes, known).name
+
+
+def test_machines_that_are_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have this computer's system, unless another one is named."""
+    for system, locks_all in (("linux", True), ("win32", False), ("wsl", False)):
+        monkeypatch.setattr(device_module, "system", lambda system=system: system)
+        for found in (
+            plan(invented(32 * GIB, 8 * GIB)),
+            plan(invented(32 * GIB, 8 * GIB, on=system)),
+        ):
+            assert (found.placement.streamed("pageable") == 0) == locks_all
+            assert f"Planned as on {SYSTEMS[system]} with an NVIDIA card." in found.reasons
+    mac = plan(invented(64 * GIB, None, on="darwin"))
+    assert (mac.device, mac.placement.resident) == ("mps", 60)
+    assert "Planned as on macOS with Apple's GPU." in mac.reasons
+    assert invented(64 * GIB, 80 * GIB, on="darwin").vram_bytes == 64 * GIB
+    assert plan(invented(64 * GIB, 0, on="darwin")).device == "cpu"
+
+
+def test_cards_that_are_not_known() -> None:
     with pytest.raises(BadRequest, match=r"'4060' .* 4060ti, .*--vram 8GiB"):
         card("4060")

@@ -13,9 +13,9 @@ import qwen_image_tool.ui
 from qwen_image_tool.app import BF16_ALONE
 from qwen_image_tool.catalog import load_catalog
 from qwen_image_tool.catalog.sizes import RESOLUTIONS
-from qwen_image_tool.device import NvidiaCard, TorchFacts
-from qwen_image_tool.doctor import Commit, Folder, Machine, examine
-from qwen_image_tool.errors import TROUBLES, ToolError
+from qwen_image_tool.device import ENLARGE_PAGE_FILE, Commit, NvidiaCard, TorchFacts, invented
+from qwen_image_tool.doctor import Folder, Machine, examine
+from qwen_image_tool.errors import TROUBLES, CannotRun, ToolError
 from qwen_image_tool.planner import plans
 from qwen_image_tool.settings import Settings
 from qwen_image_tool.store import as_published
@@ -207,6 +207,27 @@ def test_reasons_of_plans_are_said_in_chinese(model: str) -> None:
                 for plan in plans(asked, installed, machine(ram, vram), anyway=True):
                     for reason in plan.reasons:
                         assert chinese(zh.known(reason)), reason
+
+
+@pytest.mark.parametrize("gib", [2, 6, 24])
+def test_a_small_page_file_is_said_in_chinese(gib: int) -> None:
+    zh, installed = load_words("zh"), as_published(load_catalog().find("qwen-image"))
+    request = installed.model.resolve(Request(model="qwen-image", prompt="x"), 0)
+    for vram in (None, 24):
+        on = machine(64, vram).model_copy(update={"commit_free_bytes": gib * 2**30})
+        try:
+            texts = [reason for plan in plans(request, installed, on) for reason in plan.reasons]
+        except CannotRun as error:
+            texts = [str(error)]
+        assert ENLARGE_PAGE_FILE in " ".join(texts)
+        for text in texts:
+            assert chinese(zh.known(sentence(zh, text))), text
+
+
+@pytest.mark.parametrize(("vram", "system"), [(8, "win32"), (0, "wsl"), (None, "darwin")])
+def test_what_it_was_planned_as_is_said_in_chinese(vram: int | None, system: str) -> None:
+    [said] = invented(32 << 30, vram and vram << 30, on=system).notes
+    assert chinese(load_words("zh").known(said)), said
 
 
 def test_limits_of_a_recommendation_are_said_in_chinese() -> None:

@@ -4,10 +4,14 @@ No torch here: `probe_in_child` asks it in a process of its own, which a broken 
 """
 
 import contextlib
+import ctypes
+import importlib
 import importlib.metadata
 import math
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -21,9 +25,22 @@ from qwen_image_tool.catalog.costs import Card, load_costs
 from qwen_image_tool.errors import ToolError
 from qwen_image_tool.types import Device, Rates, Value
 
+PAGE_FILES = r"SYSTEM\CurrentControlSet\Control\Session Manager\Memory Management"
+SYSTEMS = {
+    "linux": "Linux",
+    "win32": "Windows",
+    "wsl": "WSL",
+    "darwin": "macOS",
+}  # system() -> name
+METAL_PART = 2 / 3  # of a Mac's memory, which Metal gives the GPU; of large ones three quarters
 SAME_START = 60  # seconds that two readings of it may differ by: clocks are set
 PROBE_SECONDS = 120  # the first import of torch from a hard disk takes a minute
 REINSTALL = "Run `./qit setup` (Windows: `qit setup`) to install it again."
+
+ENLARGE_PAGE_FILE = (
+    "In Windows' Settings > System > About > Advanced system settings > Performance > Advanced >"
+    " Virtual memory, let Windows manage the page file, or make it larger."
+)
 
 
 class TorchFacts(Value):
@@ -63,11 +80,21 @@ class NvidiaCard(Value):
     driver: str
 
 
+class Commit(Value):
+    """What Windows can promise to programs at most, and can still promise, in bytes: the RAM and
+    the page file, as large as it may grow. It promises all memory that is a program's own, used or
+    not, and the GPU's too."""
+
+    limit_bytes: int
+    free_bytes: int
+
+
 def probe(facts: TorchFacts) -> Device:
     """The device that a run uses. Raises ToolError where torch can't be used at all."""
     if facts.error:
         raise ToolError(f"torch can't be used: {facts.error}", REINSTALL)
     ram_bytes, ram_free_bytes = memory()
+    promised = commit()
     notes = []
     if facts.gpu_error:
         notes.append(f"The GPU is not used: {facts.gpu_error}")
@@ -80,6 +107,7 @@ def probe(facts: TorchFacts) -> Device:
         ram_free_bytes=ram_free_bytes,
         vram_bytes=facts.vram_bytes,
         vram_free_bytes=_with_context(facts),
+        commit_free_bytes=promised.free_bytes if promised else None,
         cores=cores(),
         bf16=facts.bf16,
         shared_memory=facts.shared_memory,
@@ -102,17 +130,32 @@ def system() -> str:
     return "wsl" if wsl else sys.platform
 
 
-def invented(ram_bytes: int, vram_bytes: int, card: Card | None = None) -> Device:
-    """A machine that isn't this one: all of its memory is free, its card is NVIDIA's."""
-    name = card.name if card else "the card"
+def invented(
+    ram_bytes: int, vram_bytes: int | None, card: Card | None = None, on: str = ""
+) -> Device:
+    """A machine that isn't this one: all of its memory is free, its page file is as large as it has
+    to be. Its card is NVIDIA's; a Mac's GPU has a part of the RAM, the usual one where `vram_bytes`
+    is None. `on`: a key of SYSTEMS; "" is this computer's system."""
+    on = on or system()
+    kind: Literal["cpu", "cuda", "mps"] = "mps" if on == "darwin" else "cuda"
+    if kind == "mps":
+        usual = int(ram_bytes * METAL_PART)
+        vram_bytes = usual if vram_bytes is None else min(vram_bytes, ram_bytes)
+    if not vram_bytes:
+        kind = "cpu"
+    name = {"cpu": "the CPU", "cuda": "the card", "mps": "Apple's GPU"}[kind]
+    gpu = {"cpu": "no GPU", "cuda": "an NVIDIA card", "mps": "Apple's GPU"}[kind]
     return Device(
-        kind="cuda" if vram_bytes else "cpu",
-        name=name if vram_bytes else "the CPU",
+        kind=kind,
+        name=card.name if card else name,
         rates=card.rates if card else Rates(),
         ram_bytes=ram_bytes,
         ram_free_bytes=ram_bytes,
-        vram_bytes=vram_bytes,
-        vram_free_bytes=vram_bytes,
+        vram_bytes=vram_bytes or 0,
+        vram_free_bytes=vram_bytes or 0,
+        shared_memory=kind == "mps",
+        system=on,
+        notes=(f"Planned as on {SYSTEMS.get(on, on)} with {gpu}.",),
     )
 
 
@@ -198,6 +241,16 @@ def memory(root: Path = Path("/")) -> tuple[int, int]:
     return total, free
 
 
+def commit() -> Commit | None:
+    """None on other systems, which have no such limit, and where Windows does not tell."""
+    windows = getattr(ctypes, "windll", None)
+    status = _MemoryStatus(length=ctypes.sizeof(_MemoryStatus))
+    if windows is None or not windows.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
+        return None
+    growth = _page_file_growth(status.ram, max(0, status.commit_limit - status.ram))
+    return Commit(limit_bytes=status.commit_limit + growth, free_bytes=status.commit_free + growth)
+
+
 def cores(root: Path = Path("/")) -> int:
     """CPU cores this process may use: its affinity, and a container's quota."""
     allowed = os.cpu_count() or 1
@@ -233,6 +286,51 @@ def _first_after(paths: Iterable[Path], label: str) -> str | None:
             if line.startswith(label):
                 return line.removeprefix(label).strip()
     return None
+
+
+# Windows' commit limit (MEMORYSTATUSEX of sysinfoapi.h; its "page file" is the limit)
+
+
+class _MemoryStatus(ctypes.Structure):
+    _fields_ = (
+        ("length", ctypes.c_uint32),
+        ("load", ctypes.c_uint32),
+        ("ram", ctypes.c_uint64),
+        ("ram_free", ctypes.c_uint64),
+        ("commit_limit", ctypes.c_uint64),
+        ("commit_free", ctypes.c_uint64),
+        ("virtual", ctypes.c_uint64),
+        ("virtual_free", ctypes.c_uint64),
+        ("extended_free", ctypes.c_uint64),
+    )
+
+
+def _page_file_growth(ram: int, now: int) -> int:
+    """Bytes that page files of `now` bytes may still grow by, as far as their disks allow. One that
+    Windows manages grows to three times the RAM, or an eighth of its disk (Microsoft,
+    "Introduction to page files")."""
+    most = free = 0
+    for drive, largest in _page_files():
+        with contextlib.suppress(OSError):
+            disk = shutil.disk_usage(drive)
+            most += largest or min(max(3 * ram, 4 << 30), disk.total // 8)
+            free += disk.free
+    return max(0, min(most - now, free))
+
+
+def _page_files() -> Iterator[tuple[str, int]]:
+    """The drive of each, and the bytes it may have: 0 is what Windows manages. "?" is a drive that
+    Windows chooses: nearly always its own."""
+    winreg = importlib.import_module("winreg")
+    try:
+        with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, PAGE_FILES) as key:
+            written = winreg.QueryValueEx(key, "PagingFiles")[0]
+    except OSError:
+        return
+    for line in written:
+        if match := re.fullmatch(r"(.:)\\.*?(?: \d+ (\d+))?", line.strip()):
+            drive = os.environ.get("SYSTEMDRIVE", "C:") if match[1] == "?:" else match[1]
+            yield f"{drive}\\", int(match[2] or 0) << 20
 
 
 # Limits of a container (kernel docs: cgroup-v1/memory, scheduler/sched-bwc, cgroup-v2)

@@ -1,16 +1,23 @@
 """Is this machine ready? `gather` reads it, `examine` judges what was read, nothing is printed."""
 
-import ctypes
 import importlib.metadata
 import re
 import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from qwen_image_tool.catalog import DEFAULT_MODEL, load_catalog
-from qwen_image_tool.device import NvidiaCard, TorchFacts, memory, nvidia_card
+from qwen_image_tool.device import (
+    ENLARGE_PAGE_FILE,
+    Commit,
+    NvidiaCard,
+    TorchFacts,
+    commit,
+    memory,
+    nvidia_card,
+)
 from qwen_image_tool.errors import ToolError
 from qwen_image_tool.files import try_writing
 from qwen_image_tool.settings import Settings
@@ -48,13 +55,6 @@ class Folder(Value):
     error: str = ""
 
 
-class Commit(Value):
-    """What Windows has promised to programs at most, and what it can still promise, in bytes."""
-
-    limit_bytes: int
-    free_bytes: int
-
-
 class Machine(Value):
     """Everything that is judged."""
 
@@ -82,7 +82,6 @@ def worst(checks: tuple[Check, ...]) -> Status:
 def gather(settings: Settings, torch: TorchFacts) -> Machine:
     """Read this machine. Writes and removes a temporary file in each folder; creates no folder."""
     ram_bytes, ram_free_bytes = memory()
-    windll = getattr(ctypes, "windll", None)
     return Machine(
         system=sys.platform,
         python=sys.version_info[:3],
@@ -91,7 +90,7 @@ def gather(settings: Settings, torch: TorchFacts) -> Machine:
         nvidia=nvidia_card(),
         ram_bytes=ram_bytes,
         ram_free_bytes=ram_free_bytes,
-        commit=read_commit(windll.kernel32 if windll else None),
+        commit=commit(),
         folders=(
             read_folder("output", settings.output),
             read_folder("models", settings.models),
@@ -136,30 +135,6 @@ def read_folder(role: str, path: Path) -> Folder:
     except (OSError, RuntimeError, StopIteration) as error:  # an unknown ~name, a missing drive
         reason = getattr(error, "strerror", None) or str(error) or "the drive is not there"
         return Folder(role=role, path=str(path), error=reason)
-
-
-class _MemoryStatus(ctypes.Structure):
-    """MEMORYSTATUSEX of sysinfoapi.h; Windows calls the commit limit "page file"."""
-
-    _fields_ = (
-        ("length", ctypes.c_uint32),
-        ("load", ctypes.c_uint32),
-        ("ram", ctypes.c_uint64),
-        ("ram_free", ctypes.c_uint64),
-        ("commit_limit", ctypes.c_uint64),
-        ("commit_free", ctypes.c_uint64),
-        ("virtual", ctypes.c_uint64),
-        ("virtual_free", ctypes.c_uint64),
-        ("extended_free", ctypes.c_uint64),
-    )
-
-
-def read_commit(kernel32: Any) -> Commit | None:
-    """`kernel32`: ctypes.windll.kernel32, or None on other systems, which have no such limit."""
-    status = _MemoryStatus(length=ctypes.sizeof(_MemoryStatus))
-    if kernel32 is None or not kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
-        return None
-    return Commit(limit_bytes=status.commit_limit, free_bytes=status.commit_free)
 
 
 def _version(package: str) -> str:
@@ -301,21 +276,18 @@ def _vram(machine: Machine) -> list[Check]:
 
 def _commit(machine: Machine) -> list[Check]:
     """Windows backs VRAM with its commit limit too, and ends a program that passes it."""
-    commit = machine.commit
-    if commit is None:
+    promised = machine.commit
+    if promised is None:
         return []
-    low = commit.free_bytes < LOW_RAM + machine.torch.vram_bytes
-    page_file = max(0, commit.limit_bytes - machine.ram_bytes)
+    low = promised.free_bytes < LOW_RAM + machine.torch.vram_bytes
+    page_file = max(0, promised.limit_bytes - machine.ram_bytes)
     return [
         Check(
             name="Page file",
             status="warn" if low else "pass",
-            finding=f"Windows can give programs {_gib(commit.free_bytes)} more"
-            f" of {_gib(commit.limit_bytes)} ({_gib(page_file)} of them are page file).",
-            next_step="In Windows' Settings > System > About > Advanced system settings >"
-            " Performance > Advanced > Virtual memory, let Windows manage the page file."
-            if low
-            else "",
+            finding=f"Windows can give programs {_gib(promised.free_bytes)} more"
+            f" of {_gib(promised.limit_bytes)} ({_gib(page_file)} of them are page file).",
+            next_step=ENLARGE_PAGE_FILE if low else "",
         )
     ]
 

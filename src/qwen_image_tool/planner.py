@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Literal
 
 from qwen_image_tool.catalog import DEFAULT_MODEL
+from qwen_image_tool.device import ENLARGE_PAGE_FILE
 from qwen_image_tool.errors import TROUBLES, BadRequest, CannotRun, TroubleKind, trouble_in
 from qwen_image_tool.needs import Needs, Way
 from qwen_image_tool.store import Blocks, Installed
@@ -108,10 +109,12 @@ def _on_gpu(needs: Needs, vram: float = USABLE_VRAM) -> Way | None:
 
 
 def _gpu_ways(needs: Needs) -> Iterator[Way]:
-    """From the most memory to the least, what is streamed without its source yet."""
+    """From the most memory to the least, what is streamed without its source yet. Compiled where
+    that can be: `_computed` decides it by the time alone."""
     blocks, layers = needs.installed.blocks, needs.installed.text_layers
     text = _streaming(layers, 0) or _resident(layers)
     way = Way(needs.device.torch_name, "bfloat16", _resident(blocks), text, not needs.exact)
+    way = replace(way, compiled=needs.device.rates.compiler and not needs.exact)
     yield from _smaller(needs, way)
 
 
@@ -167,18 +170,16 @@ def _tiers(needs: Needs, way: Way, lockable: int) -> Iterator[Way]:
 
 
 def _computed(needs: Needs, way: Way) -> Way:
-    """With the fastest attention, and compiled where that saves more than it takes; exact mode
+    """With the fastest attention, and compiled only where that saves more than it takes; exact mode
     keeps to what diffusers does."""
     if needs.exact:
         return way
     way = replace(way, attention=needs.device.rates.attention_backend)
-    compiled = replace(way, compiled=True)
-    if not needs.device.rates.compiler or not _fits(needs, compiled):
-        return way
-    eager_seconds, compiled_seconds = needs.denoise_seconds(way), needs.denoise_seconds(compiled)
-    if eager_seconds is None or compiled_seconds is None:
-        return way
-    return compiled if compiled_seconds < eager_seconds else way
+    eager = replace(way, compiled=False)
+    eager_seconds, seconds = needs.denoise_seconds(eager), needs.denoise_seconds(way)
+    if eager_seconds is None or seconds is None:
+        return eager
+    return way if seconds < eager_seconds else eager
 
 
 def _on_cpu(needs: Needs) -> Way | None:
@@ -270,22 +271,38 @@ def _fits_vram(needs: Needs, way: Way, vram: float) -> bool:
 
 
 def _lack(needs: Needs, way: Way, vram: float = USABLE_VRAM) -> float:
-    """The need as a part of what may be used, of the memory that is shortest."""
+    """The need as a part of what may be used, of the memory that is shortest: the RAM, the GPU's,
+    or what Windows can promise of both."""
     device = needs.device
+    promised = device.commit_free_bytes
     ram_usable, vram_usable = device.ram_free_bytes * USABLE_RAM, device.vram_free_bytes * vram
     parts = [0.0]
     for ram, video in needs.memory(way).values():
         together = video if device.shared_memory else 0
         parts.append((ram + together) / max(ram_usable, 1))
         parts.append(video / max(vram_usable, 1))
+        if promised is not None:
+            parts.append((ram + video) / max(promised * USABLE_RAM, 1))
     return max(parts)
+
+
+def _limited(needs: Needs) -> bool:
+    """Whether it would run otherwise if Windows promised memory without a limit."""
+    limit = needs.device.commit_free_bytes
+    return limit is not None and _choose(needs) != _choose(_unlimited(needs))
+
+
+def _unlimited(needs: Needs) -> Needs:
+    device = needs.device.model_copy(update={"commit_free_bytes": None})
+    return Needs(needs.request, needs.installed, device)
 
 
 def _smallest(needs: Needs) -> Way:
     """The way that lacks least."""
     ways = [*_cpu_ways(needs)][-1:]
     if needs.device.kind != "cpu":
-        ways.append(_from([*_gpu_ways(needs)][-1], "disk", "disk"))
+        least = replace([*_gpu_ways(needs)][-1], compiled=False)
+        ways.append(_from(least, "disk", "disk"))
     ways += [replace(way, single_frame=True, strips=needs.most_strips) for way in ways]
     return min(ways, key=lambda way: _lack(needs, way))
 
@@ -373,6 +390,12 @@ def _reasons(needs: Needs, way: Way) -> Iterator[str]:
         )
     if _limit(needs, way):
         yield f"torch may take {_gib(_limit(needs, way))}: it fails there instead of spilling over."
+    if _limited(needs):
+        yield (
+            f"Windows can give programs {_gib(needs.device.commit_free_bytes or 0)} more, RAM and"
+            " GPU memory together: that is what is short here."
+        )
+        yield ENLARGE_PAGE_FILE
     yield from needs.device.notes
     request, model = needs.request, needs.installed.model
     if needs.working != request.size:
@@ -410,13 +433,14 @@ def _places(blocks: Placement) -> str:
 
 def _why_source(needs: Needs, way: Way) -> Iterator[str]:
     blocks, free = way.blocks, _gib(needs.device.ram_free_bytes)
-    if blocks.disk:
+    in_ram = _fits(_unlimited(needs), _from(way, "pageable", "disk"))
+    if blocks.disk and not in_ram:
         streamed = blocks.blocks - blocks.resident
         yield (
             f"The {free} of free RAM hold {streamed - blocks.disk} of these {streamed}; the rest"
             f" ({needs.disk_bytes_per_step(way) / 1e9:.1f} GB) is read from disk at each step."
         )
-    elif blocks.source == "disk" and not needs.device.shared_memory:
+    elif blocks.source == "disk" and not in_ram and not needs.device.shared_memory:
         yield f"The {free} of free RAM do not hold them."
     if blocks.streamed("pageable") and needs.device.system in WINDOWS:
         yield (
@@ -437,7 +461,7 @@ def _why_speed(needs: Needs, way: Way) -> Iterator[str]:
 
 def _why_cpu(needs: Needs, way: Way) -> str:
     why, device = "Runs on the CPU", needs.device
-    if device.kind != "cpu":
+    if device.kind != "cpu" and not _on_gpu(_unlimited(needs)):
         why += (
             f", because the model does not fit {device.name}"
             f" ({_gib(device.vram_free_bytes)} of memory free)"
@@ -460,7 +484,9 @@ def _why_disk(needs: Needs, way: Way) -> str:
     parts += [f"{each / 1e9:.1f} GB at every step"] if each else []
     if not parts:
         return ""
-    return f" The RAM does not hold it all: {' and '.join(parts)} are read from disk."
+    in_ram = _fits(_unlimited(needs), next(_cpu_ways(needs)))
+    why = "Not all of it stays in RAM" if in_ram else "The RAM does not hold it all"
+    return f" {why}: {' and '.join(parts)} are read from disk."
 
 
 def _why_long(needs: Needs, way: Way) -> str:
@@ -509,21 +535,31 @@ def _why_mode(needs: Needs, way: Way) -> Iterator[str]:
 
 def _cannot(needs: Needs) -> CannotRun:
     model, device = needs.installed.model, needs.device
-    ram = max(ram for ram, _ in needs.memory(_smallest(needs)).values()) / USABLE_RAM
-    gpu = f" and {_gib(device.vram_free_bytes)} of GPU memory" if device.kind != "cpu" else ""
     nearest = _nearest(needs, _choose)
     hints = [f"choose --size {nearest}" if nearest else ""]
     hints += [f"use --model {DEFAULT_MODEL}" if model.id != DEFAULT_MODEL else ""]
-    lacks = (
-        f"{model.name} at {needs.working} needs {_gib(int(ram))} of free RAM;"
-        f" {_gib(device.ram_free_bytes)} of RAM{gpu} are free."
-    )
+    lacks = f"{model.name} at {needs.working} needs {_lacks(needs)}"
     hint = f"{', '.join(['Close other programs', *filter(None, hints)])}, or try it with --anyway."
     trouble = trouble_in(
         " ".join(device.notes)
     )  # a GPU that can't be used is what there is to mend
     hint = TROUBLES[trouble].press if trouble else hint
+    hint = f"{ENLARGE_PAGE_FILE} {hint}" if _limited(needs) else hint
     return CannotRun(" ".join((lacks, *device.notes)), hint, trouble)
+
+
+def _lacks(needs: Needs) -> str:
+    """What is needed at least, and what is free."""
+    device, least = needs.device, needs.memory(_smallest(needs)).values()
+    if _limited(needs):
+        both = max(ram + video for ram, video in least) / USABLE_RAM
+        return (
+            f"{_gib(int(both))} of RAM and GPU memory together; Windows can give programs"
+            f" {_gib(device.commit_free_bytes or 0)} more."
+        )
+    ram = max(ram for ram, _ in least) / USABLE_RAM
+    gpu = f" and {_gib(device.vram_free_bytes)} of GPU memory" if device.kind != "cpu" else ""
+    return f"{_gib(int(ram))} of free RAM; {_gib(device.ram_free_bytes)} of RAM{gpu} are free."
 
 
 def _nearest(needs: Needs, choose: Callable[[Needs], Way | None]) -> Size | None:

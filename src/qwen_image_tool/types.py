@@ -161,6 +161,11 @@ class Device(Value):
     vram_free_bytes: int = Field(
         default=0, description="What a process may take, its own context included"
     )
+    commit_free_bytes: int | None = Field(
+        default=None,
+        description="What Windows can still promise to programs, RAM and GPU memory together;"
+        " null: the system has no such limit",
+    )
     vram_capped: bool = Field(default=False, description="A person set that, not the hardware")
     cores: int = 1
     bf16: bool = Field(default=True, description="Multiplies bfloat16 matrices in hardware")

@@ -1,5 +1,6 @@
 """`qit`: the commands."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -7,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from qwen_image_tool import __version__, gallery, logs
+from qwen_image_tool import __version__, device, gallery, logs
 from qwen_image_tool.app import App, made_otherwise
 from qwen_image_tool.catalog import DEFAULT_MODEL
 from qwen_image_tool.catalog.costs import card as find_card
@@ -15,7 +16,6 @@ from qwen_image_tool.catalog.sizes import menu_size, native_size
 from qwen_image_tool.cli import serve as server
 from qwen_image_tool.cli.models import models
 from qwen_image_tool.cli.screen import Screen
-from qwen_image_tool.device import invented
 from qwen_image_tool.doctor import worst
 from qwen_image_tool.errors import BadRequest, Cancelled, ToolError
 from qwen_image_tool.settings import load_settings
@@ -125,6 +125,7 @@ def generate(
 
       qit generate --from output/20261123-101500-seed7.png --steps 30
     """
+    ram_bytes, vram_bytes = _bytes("--ram", ram), _bytes("--vram", vram)
     app = App(load_settings())
     fields = gallery.request_from(source).to_dict() if source else {"model": DEFAULT_MODEL}
     fields |= _given(model=model, prompt=prompt, steps=steps, cfg=cfg, negative_prompt=negative)
@@ -136,8 +137,8 @@ def generate(
             Request.from_user(**fields),
             show,
             output=out,
-            ram_bytes=_bytes("--ram", ram),
-            vram_bytes=_bytes("--vram", vram),
+            ram_bytes=ram_bytes,
+            vram_bytes=vram_bytes,
             anyway=anyway,
         )
     if source and (change := made_otherwise(gallery.read_image_info(source), result)):
@@ -168,6 +169,10 @@ def plan(
     card: Annotated[
         str | None, typer.Option(help="Plan for this card, such as 4090, at rates we assume.")
     ] = None,
+    on: Annotated[
+        str | None,
+        typer.Option("--system", help="Plan for linux, windows, wsl or macos; else as here."),
+    ] = None,
     anyway: Anyway = False,
     as_json: Json = False,
 ) -> None:
@@ -181,13 +186,15 @@ def plan(
 
       qit plan qwen-image --vram 8GiB --ram 32GiB
 
-      qit plan qwen-image --card 3060 --ram 32GiB
+      qit plan qwen-image --card 3060 --ram 32GiB --system windows
+
+      qit plan qwen-image --ram 64GiB --system macos
     """
+    machine = _machine(ram, vram, card, on)
     app = App(load_settings())
     fields = {"model": model, "prompt": "a prompt"}
     fields |= _given(steps=steps, cfg=cfg, images=n, mode=mode)
     fields |= _given(size=_size(app, model, size, ratio, resolution))
-    machine = _machine(ram, vram, card)
     request, found = app.plans(Request.from_user(**fields), machine, anyway)
     screen = Screen(as_json)
     if as_json:
@@ -265,30 +272,57 @@ def _size(
     return native_size(app.model(model).sizes.native, ratio) if ratio else None
 
 
-def _machine(ram: str | None, vram: str | None, card: str | None) -> Device | None:
+def _machine(ram: str | None, vram: str | None, card: str | None, on: str | None) -> Device | None:
     """The machine that the options name; None is this one."""
-    known = find_card(card) if card else None
-    if ram is None and vram is None and known is None:
+    if ram is None and vram is None and card is None and on is None:
         return None
-    if vram is not None and known is not None:
-        raise BadRequest("--card already says how much memory it has.", "Leave --vram out.")
-    if ram is None or (vram is None and known is None):
+    system = device.system() if on is None else _system(on)
+    mac = system == "darwin"
+    known = None if card is None else find_card(card)
+    ram_bytes, vram_bytes = _bytes("--ram", ram), _bytes("--vram", vram)
+    if known and mac:
         raise BadRequest(
-            f"A machine has RAM and a card, and only the {'card' if ram is None else 'RAM'} is"
-            " given.",
+            "No Mac has such a card.", "Leave --card out, or add --system windows or linux."
+        )
+    if known and vram is not None:
+        raise BadRequest("--card already says how much memory it has.", "Leave --vram out.")
+    gpu = vram if card is None else card
+    if ram_bytes is None or (gpu is None and not mac):
+        given = "RAM" if ram else "card" if gpu else "system"
+        raise BadRequest(
+            f"A machine has RAM and a card, and only the {given} is given.",
             "Give --ram with --vram or --card; --vram 0 is no card.",
         )
-    vram_bytes = _bytes("--vram", vram) if vram else known and known.vram_bytes
-    return invented(_bytes("--ram", ram) or 0, vram_bytes or 0, known)
+    return device.invented(ram_bytes, known.vram_bytes if known else vram_bytes, known, system)
+
+
+def _system(name: str) -> str:
+    """Of device.SYSTEMS, the one that a person calls so."""
+    names = {known.lower(): system for system, known in device.SYSTEMS.items()}
+    if name.lower() not in names:
+        raise BadRequest(f"--system {name!r} is not known.", f"Choose one of {', '.join(names)}.")
+    return names[name.lower()]
 
 
 def _bytes(option: str, text: str | None) -> int | None:
+    """Raises BadRequest where it is no size, or one that leaves open what it counts."""
     if text is None:
         return None
+    if not text.strip():
+        raise BadRequest(f"{option} is empty.", "Write it like 8GiB.")
+    found = re.fullmatch(r"\s*(\d*\.?\d+)\s*([a-z]*)\s*", text, re.IGNORECASE)
+    if found and not found[2] and float(found[1]):
+        raise BadRequest(f"{option} {found[1]} is {found[1]} bytes.", f"Write {_likely(found[1])}.")
     try:
-        return TypeAdapter(ByteSize).validate_python(text)
+        return TypeAdapter(ByteSize).validate_python(text if found else "")
     except ValidationError as error:
         raise BadRequest(f"{option} {text!r} is not a size.", "Write it like 8GiB.") from error
+
+
+def _likely(number: str) -> str:
+    """With the unit that is most likely meant."""
+    size = float(number)
+    return number + ("GiB" if size < 1 << 10 else "MiB" if size < 1 << 20 else "B")
 
 
 def _usage(error: typer.TyperException) -> BadRequest:
