@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch._subclasses import FakeTensor
 from torch.nn import functional
 
@@ -26,7 +27,13 @@ from qwen_image_tool.engine import attention, compiled, families, fresh, host, p
 from qwen_image_tool.engine import denoise as denoising
 from qwen_image_tool.engine.engine import Engine, Run, limit_memory
 from qwen_image_tool.engine.weights import Reader
-from qwen_image_tool.errors import BrokenPicture, Cancelled, ModelMissing, OutOfMemory
+from qwen_image_tool.errors import (
+    BrokenPicture,
+    Cancelled,
+    ModelMissing,
+    ModelUnsupported,
+    OutOfMemory,
+)
 from qwen_image_tool.settings import Settings
 from qwen_image_tool.store import locate
 from qwen_image_tool.types import (
@@ -138,6 +145,19 @@ def test_new_prompts_are_read_in_whole_tiles_where_cudnn_makes_a_plan_for_each_l
     assert lengths == {128, 256}
     for one, other in zip(in_tiles, as_they_are, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+def test_words_in_whole_numbers_are_no_words(folder: Path, tmp_path: Path) -> None:
+    """The rows of the table are read by themselves."""
+    where = Path(shutil.copytree(folder / "text_encoder", tmp_path / "text_encoder"))
+    [path] = where.glob("*.safetensors")
+    tensors = load_file(path)
+    [words] = (name for name in tensors if name.endswith("embed_tokens.weight"))
+    save_file(tensors | {words: tensors[words].to(torch.int8)}, path)
+    model, placement = families.family("qwen-image"), Placement(blocks=2, resident=2)
+    device, reader = torch.device("cpu"), Reader()
+    with pytest.raises(ModelUnsupported, match=f"{words} is in I8, and this version runs bf16"):
+        text.TextEncoder(model.TEXT_MODEL, True, where, placement, device, torch.float32, reader)
 
 
 def test_the_transformer_is_read_while_the_prompts_are(
