@@ -9,7 +9,6 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from qwen_image_tool.engine import weights
 from qwen_image_tool.engine.host import HostMemory
 from qwen_image_tool.engine.ring import (
     Background,
@@ -22,7 +21,6 @@ from qwen_image_tool.engine.ring import (
     interleaved,
 )
 from qwen_image_tool.engine.weights import Checkpoint, Layout, Reader, Stored, set_parameter
-from qwen_image_tool.errors import Cancelled
 from qwen_image_tool.types import Placement
 
 
@@ -60,7 +58,10 @@ class Blocks:
         for number, slab in zip(self._residents, slabs, strict=True):
             self._layout.attach(modules[number], slab)
         in_host = self._streamed if placement.source in ("pinned", "pageable") else []
-        reader.expect(sum(s.bytes for n in (*self._residents, *in_host) for s in stored[n]))
+        sizes = [sum(s.bytes for s in each) for each in stored]
+        reader.expect(sum(sizes[number] for number in (*self._residents, *in_host)))
+        self._on_disk = 0 if in_host else sum(sizes[number] for number in self._streamed)
+        self._reader = Reader()  # of what streams from disk
         loader = ThreadPoolExecutor(1, thread_name_prefix="load")
         self.loading: Future[None] = loader.submit(self._load, slabs, in_host, reader)
         loader.shutdown(wait=False)
@@ -76,12 +77,17 @@ class Blocks:
         wanted = self._host.values() if self._placement.source == "pinned" else ()
         return sum(not memory.locked for memory in wanted)
 
-    def walk(self, last: bool = False) -> Iterator[tuple[int, nn.Module]]:
+    def walk(
+        self, last: bool = False, reader: Reader | None = None
+    ) -> Iterator[tuple[int, nn.Module]]:
         """Every block in order, ready to run on the device; waits until what stays is read. No
-        other walk follows the `last` one soon: it fills no slot for the next."""
+        other walk follows the `last` one soon: it fills no slot for the next. Of a walk that is
+        alone, `reader` reads, and counts, what streams from disk."""
         self.loading.result()
         if self._ring is None:
             self._ring = self._make_ring()
+        self._reader = reader or Reader()
+        self._reader.expect(self._on_disk)
         return self._ring.walk(last)
 
     @contextmanager
@@ -119,9 +125,7 @@ class Blocks:
         """Read the residents into their `slabs` and the blocks `in_host` into host memory."""
 
         def fill(number: int, slab: torch.Tensor) -> None:
-            if self._closed.is_set():
-                raise Cancelled("Stopped.", "Nothing was written.")
-            reader(self._reads(number, slab))
+            reader(self._reads(number, slab), self._closed.is_set)
 
         uploads = self._transfer(fill, slabs) if slabs else None
         try:
@@ -158,7 +162,7 @@ class Blocks:
         return self._transfer(lambda n, slab: slab.copy_(self._host[n].tensor), slots)
 
     def _fill_from_disk(self, number: int, slab: torch.Tensor) -> None:
-        weights.read(self._reads(number, slab), is_cancelled=self._resting.is_set)
+        self._reader(self._reads(number, slab), self._resting.is_set)
 
     def _transfer(self, fill: Fill, slots: Sequence[torch.Tensor]) -> Transfer:
         if self._device.type == "cpu":

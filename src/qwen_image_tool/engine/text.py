@@ -106,13 +106,14 @@ class TextEncoder:
     def encode(self, prompts: Sequence[list[int]], reader: Reader) -> list[torch.Tensor]:
         """The last hidden states of each prompt's token ids, [1, tokens, width].
 
-        Prompts run in lockstep, each alone: a layer is needed once. Ends with Cancelled within a
-        layer. Source:
+        Prompts run in lockstep, each alone: a layer is needed once. `reader` reads those that
+        stream from disk. Ends with Cancelled within a layer. Source:
         Qwen2_5_VLTextModel.forward and Qwen3VLTextModel.forward without padding, where sdpa needs
         no mask to be causal.
         """
         try:
-            layers = self._layers.walk(last=True)  # on their way while the words are read
+            # On their way while the words are read
+            layers = self._layers.walk(last=True, reader=reader)
             states = [self._embed(ids) for ids in prompts]
             rotary = [self._rotary(state) for state in states]
             for _, layer in layers:

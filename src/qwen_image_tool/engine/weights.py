@@ -231,9 +231,13 @@ class Reader:
         with self._lock:
             self.expected += count
 
-    def __call__(self, pairs: Iterable[tuple[Stored, torch.Tensor]]) -> None:
-        """See `read`."""
-        read(pairs, self._count, self.is_cancelled, self._disk)
+    def __call__(
+        self,
+        pairs: Iterable[tuple[Stored, torch.Tensor]],
+        is_over: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """See `read`. Ends with Cancelled also when nobody needs them any more: `is_over()`."""
+        read(pairs, self._count, lambda: self.is_cancelled() or is_over(), self._disk)
 
     def check(self) -> None:
         """Raises Cancelled where the run is."""
