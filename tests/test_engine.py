@@ -3,8 +3,10 @@
 import functools
 import gc
 import mmap
+import re
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch._subclasses import FakeTensor
 from torch.nn import functional
 
@@ -22,11 +25,29 @@ import tiny
 from async_gpu import Cudart
 from qwen_image_tool.app import App
 from qwen_image_tool.catalog import load_catalog
-from qwen_image_tool.engine import attention, compiled, families, fresh, host, placed, text, vae
+from qwen_image_tool.engine import (
+    attention,
+    compiled,
+    families,
+    fresh,
+    host,
+    placed,
+    text,
+    vae,
+    weights,
+)
 from qwen_image_tool.engine import denoise as denoising
+from qwen_image_tool.engine import engine as engines
 from qwen_image_tool.engine.engine import Engine, Run, limit_memory
-from qwen_image_tool.engine.weights import Reader
-from qwen_image_tool.errors import BrokenPicture, Cancelled, ModelMissing, OutOfMemory
+from qwen_image_tool.engine.weights import Checkpoint, Reader
+from qwen_image_tool.errors import (
+    BrokenPicture,
+    Cancelled,
+    ModelMissing,
+    ModelUnsupported,
+    OutOfMemory,
+)
+from qwen_image_tool.files import DiskMeter
 from qwen_image_tool.settings import Settings
 from qwen_image_tool.store import locate
 from qwen_image_tool.types import (
@@ -140,6 +161,19 @@ def test_new_prompts_are_read_in_whole_tiles_where_cudnn_makes_a_plan_for_each_l
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
+def test_words_in_whole_numbers_are_no_words(folder: Path, tmp_path: Path) -> None:
+    """The rows of the table are read by themselves."""
+    where = Path(shutil.copytree(folder / "text_encoder", tmp_path / "text_encoder"))
+    [path] = where.glob("*.safetensors")
+    tensors = load_file(path)
+    [words] = (name for name in tensors if name.endswith("embed_tokens.weight"))
+    save_file(tensors | {words: tensors[words].to(torch.int8)}, path)
+    model, placement = families.family("qwen-image"), Placement(blocks=2, resident=2)
+    device, reader = torch.device("cpu"), Reader()
+    with pytest.raises(ModelUnsupported, match=f"{words} is in I8, and this version runs bf16"):
+        text.TextEncoder(model.TEXT_MODEL, True, where, placement, device, torch.float32, reader)
+
+
 def test_the_transformer_is_read_while_the_prompts_are(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,13 +188,13 @@ def test_the_transformer_is_read_while_the_prompts_are(
         encoded.set()
         return encode(*given)
 
-    def reading(reader: Reader, pairs: Any) -> None:
+    def reading(reader: Reader, pairs: Any, *rest: Any) -> None:
         """Of the transformer's blocks not before the prompts, and what is left was told."""
         pairs = list(pairs)
         if "transformer_blocks" in pairs[0][0].name:
             assert encoded.wait(60)
             assert told.wait(60)
-        read(reader, pairs)
+        read(reader, pairs, *rest)
 
     def emit(event: Event) -> None:
         events.append(event)
@@ -184,11 +218,11 @@ def test_what_could_not_be_loaded_is_loaded_anew(
     engine = Engine(locate(str(folder), load_catalog(), Path()))
     read = Reader.__call__
 
-    def reading(reader: Reader, pairs: Any) -> None:
+    def reading(reader: Reader, pairs: Any, *rest: Any) -> None:
         pairs = list(pairs)
         if "transformer_blocks" in pairs[0][0].name:
             raise ModelMissing("The disk is away.")
-        read(reader, pairs)
+        read(reader, pairs, *rest)
 
     with monkeypatch.context() as patched:
         patched.setattr(Reader, "__call__", reading)
@@ -297,6 +331,96 @@ def test_what_is_walked_once_ends_within_a_block(
     with pytest.raises(Cancelled):
         (read_prompt if part == "text_encoder" else make_table)()
     assert walked == [0]
+
+
+def walks_from_disk(folder: Path, part: str, disk: DiskMeter) -> Callable[[Reader], object]:
+    """Of what is walked once, a call that reads all of it by a Reader, and nothing else by that."""
+    model, bfloat16 = families.family("qwen-image"), (torch.device("cpu"), torch.bfloat16)
+    loader = Reader(disk=disk)
+    if part == "text_encoder":
+        where, streamed = folder / part, Placement(blocks=2, resident=0, slots=1, source="disk")
+        kind, normed = model.TEXT_MODEL, model.TEXT_NORMED
+        encoder = text.TextEncoder(kind, normed, where, streamed, *bfloat16, loader)
+        return lambda reader: encoder.encode([[1, 2, 3]], reader)
+    where, resident = folder / "transformer", Placement(blocks=6, resident=6)
+    transformer = model.Transformer(where, resident, *bfloat16, loader)
+    transformer.loading.result()
+    schedules = (torch.tensor([timestep]) for timestep in (900.0, 500.0))
+    return lambda reader: model.Forward(transformer, next(schedules), (2, 2), reader)
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "modulation"])
+@torch.inference_mode()
+def test_what_is_walked_once_is_counted_and_metered(
+    folder: Path, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each time that it comes from the disk."""
+    pattern = r"\blayers\." if part == "text_encoder" else "_mod"
+    where = folder / ("text_encoder" if part == "text_encoder" else "transformer")
+    stored = Checkpoint(where).tensors.values()
+    size = sum(each.bytes for each in stored if re.search(pattern, each.name))
+    monkeypatch.setattr(weights, "is_cached", lambda *_: False)
+    walk = walks_from_disk(folder, part, DiskMeter())
+    for _ in range(2):
+        disk = DiskMeter()
+        reader = Reader(disk=disk)
+        walk(reader)
+        assert reader.done == reader.expected == disk._bytes == size
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "modulation"])
+@torch.inference_mode()
+def test_what_is_walked_once_ends_within_a_piece(
+    folder: Path, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "PIECE", 500)
+    walk = walks_from_disk(folder, part, DiskMeter())
+    reader = Reader(lambda: reader.done >= 2000)
+    with pytest.raises(Cancelled):
+        walk(reader)
+    block = reader.expected // (2 if part == "text_encoder" else 6)
+    assert 2000 <= reader.done <= 2000 + weights.READERS * weights.PIECE < block
+
+
+def test_all_that_a_run_reads_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it is read, also by what keeps the run waiting; never more than is expected."""
+
+    def slowly(reader: Reader, size: int) -> None:
+        time.sleep(0.01)
+        counted(reader, size)
+
+    def emit(event: Event) -> None:
+        if isinstance(event, PhaseStarted):
+            phases.append((event.phase, []))
+        elif isinstance(event, Loading):
+            phases[-1][1].append((event.done_bytes, event.total_bytes))
+
+    counted = Reader._count
+    monkeypatch.setattr(Reader, "_count", slowly)
+    monkeypatch.setattr(engines, "READING_SECONDS", 0.002)
+    phases: list[tuple[str, list[tuple[int, int]]]] = []
+    engine = Engine(locate(str(folder), load_catalog(), Path()))
+    way = plan(Placement(blocks=6, resident=6)).model_copy(
+        update={"text_placement": Placement(blocks=2, resident=0, slots=1, source="disk")}
+    )
+    engine.run(REQUEST, [way], emit, lambda: False)
+    engine.release()
+    assert [phase for phase, sizes in phases if sizes] == ["encode", "load"]
+    encoding, loading = (sizes for _, sizes in phases if sizes)
+    told = [*encoding, *loading]
+    assert all(done <= total for done, total in told)
+    assert told == sorted(set(told))
+    assert [total for _, total in told] == sorted(total for _, total in told)
+    text_encoder, transformer = (
+        Checkpoint(folder / name).tensors.values() for name in ("text_encoder", "transformer")
+    )
+    layers = sum(s.bytes for s in text_encoder if re.search(r"\blayers\.|\bnorm\.", s.name))
+    whole = layers + sum(stored.bytes for stored in transformer)
+    assert told[-1] == (whole, whole)
+    modulation = sum(stored.bytes for stored in transformer if "_mod" in stored.name)
+    assert encoding[-1][1] == whole - modulation
+    assert len(encoding) > 2
+    assert any(whole - modulation < done < whole for done, _ in loading)
 
 
 @pytest.mark.parametrize(("disk", "refuses"), [(0, 0), (0, 3), (2, 1)])

@@ -394,13 +394,13 @@ def test_a_fill_from_a_slow_disk_does_not_hold_up_a_rest(
     plain, began, ended = weights.read, threading.Event(), threading.Event()
     fills = itertools.count()
 
-    def slow(pairs: Any, is_cancelled: Callable[[], bool] = lambda: False) -> None:
+    def slow(pairs: Any, done: Any, is_cancelled: Callable[[], bool], *rest: Any) -> None:
         if next(fills) == 2:  # two slots are full
             began.set()
             while not is_cancelled():
                 time.sleep(0.01)
             ended.set()
-        plain(pairs, is_cancelled=is_cancelled)
+        plain(pairs, done, is_cancelled, *rest)
 
     placement = Placement(blocks=6, resident=0, slots=2, source="disk")
     placed = Transformer(folder, placement, torch.device("cpu"), torch.bfloat16, Reader())

@@ -21,6 +21,8 @@ PICTURE: list[Event] = [
     PhaseStarted(phase="load"),
     Loading(done_bytes=0, total_bytes=0),
     Loading(done_bytes=2_000_000_000, total_bytes=2_000_000_000),
+    PhaseStarted(phase="encode"),
+    Loading(done_bytes=3_000_000_000, total_bytes=3_000_000_000),
     PhaseStarted(phase="denoise"),
     Stepped(step=2, steps=2, seconds=1.5),
 ]
@@ -47,6 +49,8 @@ def test_lines(capsys: pytest.CaptureFixture[str]) -> None:
         "Runs on the CPU.",
         "Loading the model ...",
         "  2.0 GB of 2.0 GB",
+        "Reading the prompt ...",
+        "  3.0 GB of 3.0 GB",
         "Drawing ...",
         "  step 2/2, 1.50 s/step, 0 s left",
         "  qwen-image: 1.0 GB of 1.0 GB, 12.5 MB/s, 1.8 h left",

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -6,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import QwenImage21Transformer2DModel, QwenImageTransformer2DModel
+from safetensors.torch import load_file, save_file
 from transformers import Qwen3VLTextConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextDecoderLayer
 
 import tiny
 from qwen_image_tool.catalog import load_catalog
+from qwen_image_tool.engine.weights import DTYPES
 from qwen_image_tool.errors import BadRequest, ModelBroken, ModelMissing, ModelUnsupported
 from qwen_image_tool.store import blocks_of, expect, locate, text_layers_of
 
@@ -179,6 +182,82 @@ def take_weights(folder: Path, source: str, target: str) -> None:
         path.unlink()
     for path in (folder / source).glob("*.safetensors*"):
         shutil.copy(path, folder / target)
+
+
+def store_as(component: Path, pattern: str, dtype: torch.dtype) -> list[str]:
+    """Write the tensors of such names in another dtype; their names."""
+    found = []
+    for path in component.glob("*.safetensors"):
+        tensors = load_file(path)
+        names = [name for name in tensors if re.search(pattern, name)]
+        save_file(tensors | {name: tensors[name].to(dtype) for name in names}, path)
+        found += names
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("name", ["I8", "U8", "I64", "BOOL", "F8_E4M3", "F8_E5M2"])
+@pytest.mark.parametrize(
+    ("component", "pattern"),
+    [
+        ("transformer", r"^img_in\.weight$"),
+        ("transformer", r"^transformer_blocks\.1\.attn\.to_q\.weight$"),
+        ("transformer", ""),
+        ("text_encoder", r"\bembed_tokens\.weight$"),
+        ("text_encoder", r"\blayers\.1\.input_layernorm\.weight$"),
+        ("text_encoder", r"model\.norm\.weight$"),
+        ("text_encoder", ""),
+        ("vae", r"^decoder\.conv_in\.weight$"),
+        ("vae", r"^post_quant_conv\.bias$"),
+        ("vae", ""),
+    ],
+)
+@pytest.mark.parametrize("kind", ["folder", "folder_21"])
+def test_numbers_that_nothing_computes_from_are_refused(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    kind: str,
+    component: str,
+    pattern: str,
+    name: str,
+) -> None:
+    """A component's or one tensor's: cast to bfloat16 they would draw another picture."""
+    folder = request.getfixturevalue(kind)
+    spoilt = store_as(folder / component, pattern, DTYPES[name])
+    for ask in (locate, expect):
+        with pytest.raises(ModelUnsupported) as caught:
+            ask(str(folder), CATALOG, tmp_path)
+        said = caught.value.message
+        assert said.startswith(str(folder / component))
+        assert f" is in {name}, and this version runs bf16, fp16 and fp32" in said
+        assert said.split(": ")[1].split(" is in ")[0] in spoilt
+        assert caught.value.hint == "Use weights that are not quantised."
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["folder", "folder_21"])
+def test_floats_of_any_precision_run(
+    request: pytest.FixtureRequest, tmp_path: Path, kind: str, dtype: torch.dtype
+) -> None:
+    folder = request.getfixturevalue(kind)
+    for component in ("transformer", "text_encoder", "vae"):
+        store_as(folder / component, "", dtype)
+    assert locate(str(folder), CATALOG, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["folder", "folder_21"])
+def test_what_no_run_reads_may_be_of_any_kind(
+    request: pytest.FixtureRequest, tmp_path: Path, kind: str
+) -> None:
+    """The vision tower, the head, what encodes pictures, and what other programs leave."""
+    folder = request.getfixturevalue(kind)
+    store_as(folder / "text_encoder", r"visual\.|lm_head", torch.int8)
+    store_as(folder / "vae", r"^(encoder|quant_conv)\.", torch.int8)
+    mark = {"__index_timestep_zero__": torch.zeros(1, dtype=torch.int64)}
+    if kind == "folder":  # one file, without an index
+        [path] = (folder / "transformer").glob("*.safetensors")
+        save_file(load_file(path) | mark, path)
+    assert locate(str(folder), CATALOG, tmp_path)
 
 
 # Qwen-Image-2.1

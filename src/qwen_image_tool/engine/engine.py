@@ -4,9 +4,10 @@ import base64
 import functools
 import gc
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -59,6 +60,7 @@ from qwen_image_tool.types import (
 )
 
 PREVIEW_SECONDS = 0.4  # at least, between two previews
+READING_SECONDS = 0.2  # at most, between asking how far reading is, and whether it is cancelled
 Emit = Callable[[Event], None]
 IsCancelled = Callable[[], bool]
 # Bytes on disk. A prompt of the 20B family takes about 0.3 MB, a schedule 4.4 MB a step
@@ -148,18 +150,18 @@ class Engine:
                 )
 
             # 2. The prompts, as the transformer reads them
-            with watch.phase("encode"):
+            with watch.phase("encode"), watch.reading(reader):
                 embeddings = parts.encode(ids, known, reader, watch)
 
             # 3. The rest of the weights
-            with watch.phase("load"):
+            with watch.phase("load"), watch.reading(reader):
                 forward = family.Forward(parts.transformer, timesteps, grid, reader)
                 conditions = [forward.condition(embedding) for embedding in embeddings]
                 cells = noise(request.seeds, parts.cell_shape(grid), parts.dtype)
                 latents = family.pack(cells).to(parts.device)
                 if parts.device.type != "cpu" and not parts.transformer.loading.done():
                     forward.rehearse(latents, conditions)
-                watch.wait(parts.transformer.loading, reader)
+                watch.wait(parts.transformer.loading)
                 if refused := parts.transformer.unlocked:
                     said = f"The system does not page-lock {refused} of the blocks, so they cross"
                     emit(Notice(text=f"{said} to the GPU more slowly, by way of a buffer."))
@@ -368,7 +370,7 @@ class _Parts:
         self, prompts: list[list[int]], reader: weights.Reader, watch: "_Watch"
     ) -> list[torch.Tensor]:
         assert self._text_encoder
-        watch.wait(self._text_encoder.loading, reader)
+        watch.wait(self._text_encoder.loading)
         hidden = self._text_encoder.encode(prompts, reader)
         for ids, states in zip(prompts, hidden, strict=True):
             if self._known:
@@ -391,6 +393,7 @@ class _Watch:
         self.seconds: dict[PhaseName, float] = {}
         self.show: Show | None = None
         self._shown = 0.0
+        self._read = Loading(done_bytes=0, total_bytes=0)
 
     @contextmanager
     def phase(self, name: PhaseName) -> Iterator[None]:
@@ -400,11 +403,29 @@ class _Watch:
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
-    def wait(self, loading: Future[None], reader: weights.Reader) -> None:
-        """Until what is read in the background is there; says how far it is."""
+    @contextmanager
+    def reading(self, reader: weights.Reader) -> Iterator[None]:
+        """Meanwhile it is said how far `reader` is; in a thread, for a block that is read may keep
+        this one waiting."""
+        ended = threading.Event()
+
+        def tell() -> None:
+            while not ended.wait(READING_SECONDS):
+                self._tell(reader)
+
+        with ThreadPoolExecutor(1, thread_name_prefix="progress") as pool:
+            telling = pool.submit(tell)
+            try:
+                yield
+            finally:
+                ended.set()
+        telling.result()
+        self._tell(reader)
+
+    def wait(self, loading: Future[None]) -> None:
+        """Until what is read in the background is there."""
         while not loading.done():
-            wait([loading], timeout=0.2)
-            self._emit(Loading(done_bytes=reader.done, total_bytes=reader.expected))
+            wait([loading], timeout=READING_SECONDS)
             self._check()
         loading.result()
 
@@ -415,6 +436,14 @@ class _Watch:
         if self.show and now - self._shown > PREVIEW_SECONDS and step < self._steps:
             self._shown = now
             self.show(step, latents())
+
+    def _tell(self, reader: weights.Reader) -> None:
+        """What is read, where that is news. First what is done: more may be expected meanwhile."""
+        done = reader.done
+        read = Loading(done_bytes=done, total_bytes=reader.expected)
+        if read != self._read:
+            self._read = read
+            self._emit(read)
 
     def _check(self) -> None:
         if self._is_cancelled():

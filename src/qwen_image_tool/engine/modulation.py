@@ -73,7 +73,8 @@ class Modulation:
         self, timesteps: torch.Tensor, tembs: Sequence[torch.Tensor], reader: Reader
     ) -> Table:
         """The rows of a schedule, whose time embeddings are `tembs`, each [n, width]: of the
-        timestep, and where n is 2 of timestep 0."""
+        timestep, and where n is 2 of timestep 0. `reader` reads the weights, where the rows are not
+        known."""
         schedule: list[float] = timesteps.tolist()
         if self._table is None or self._table[0] != schedule:
             rows = self._cache.get(schedule) if self._cache else None
@@ -94,7 +95,7 @@ class Modulation:
         )
         rows = []
         try:
-            for _, modules in blocks.walk(last=True):
+            for _, modules in blocks.walk(last=True, reader=reader):
                 reader.check()
                 image, text = (modules.get_submodule(part) for part in PARTS)
                 rows.append(torch.stack([torch.cat([image(t), text(t[:1])]) for t in tembs]))

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from qwen_image_tool.engine import weights
 from qwen_image_tool.engine.host import HostMemory
 from qwen_image_tool.engine.ring import (
     Background,
@@ -21,7 +20,6 @@ from qwen_image_tool.engine.ring import (
     interleaved,
 )
 from qwen_image_tool.engine.weights import Checkpoint, Layout, Reader, Stored, set_parameter
-from qwen_image_tool.errors import Cancelled
 from qwen_image_tool.types import Placement
 
 
@@ -60,7 +58,11 @@ class Blocks:
         slabs = [self._device_memory() for _ in self._residents]
         for number, slab in zip(self._residents, slabs, strict=True):
             self._layout.attach(modules[number], slab)
-        reader.expect(sum(s.bytes for n in (*self._residents, *in_host) for s in stored[n]))
+        sizes = [sum(s.bytes for s in each) for each in stored]
+        staying = sum(sizes[number] for number in (*self._residents, *in_host))
+        reader.expect(staying)
+        self._on_disk = sum(sizes) - staying
+        self._reader = Reader()  # of what streams from disk
         loader = ThreadPoolExecutor(1, thread_name_prefix="load")
         self.loading: Future[None] = loader.submit(self._load, slabs, in_host, reader)
         loader.shutdown(wait=False)
@@ -75,12 +77,17 @@ class Blocks:
         """How many blocks the system did not page-lock that are to be; once all is read."""
         return sum(not self._host[number].locked for number in self._to_lock)
 
-    def walk(self, last: bool = False) -> Iterator[tuple[int, nn.Module]]:
+    def walk(
+        self, last: bool = False, reader: Reader | None = None
+    ) -> Iterator[tuple[int, nn.Module]]:
         """Every block in order, ready to run on the device; waits until what stays is read. No
-        other walk follows the `last` one soon: it fills no slot for the next."""
+        other walk follows the `last` one soon: it fills no slot for the next. Of a walk that is
+        alone, `reader` reads, and counts, what streams from disk."""
         self.loading.result()
         if self._ring is None:
             self._ring = self._make_ring()
+        self._reader = reader or Reader()
+        self._reader.expect(self._on_disk)
         return self._ring.walk(last)
 
     @contextmanager
@@ -118,9 +125,7 @@ class Blocks:
         """Read the residents into their `slabs` and the blocks `in_host` into host memory."""
 
         def fill(number: int, slab: torch.Tensor) -> None:
-            if self._closed.is_set():
-                raise Cancelled("Stopped.", "Nothing was written.")
-            reader(self._reads(number, slab))
+            reader(self._reads(number, slab), self._closed.is_set)
 
         uploads = self._transfer(fill, slabs, {}) if slabs else None
         try:
@@ -160,7 +165,7 @@ class Blocks:
         if number in self._host:
             slab.copy_(self._host[number].tensor)
         else:
-            weights.read(self._reads(number, slab), is_cancelled=self._resting.is_set)
+            self._reader(self._reads(number, slab), self._resting.is_set)
 
     def _transfer(
         self, fill: Fill, slots: Sequence[torch.Tensor], locked: Mapping[int, torch.Tensor]

@@ -84,7 +84,8 @@ class TextEncoder:
         self._model.rotary_emb.to(device)
         found = self._checkpoint.tensors
         prefix = next((p for p in TEXT_PREFIXES if f"{p}norm.weight" in found), "")
-        self._words = f"{prefix}embed_tokens.weight"
+        words = self._model.embed_tokens.weight
+        self._words = self._checkpoint.check(f"{prefix}embed_tokens.weight", words)
         names = [("norm.weight", f"{prefix}norm.weight")] if normed else []
         placed.load(self._model, names, self._checkpoint, device, dtype, reader)
         self._layers = placed.Blocks(
@@ -105,13 +106,14 @@ class TextEncoder:
     def encode(self, prompts: Sequence[list[int]], reader: Reader) -> list[torch.Tensor]:
         """The last hidden states of each prompt's token ids, [1, tokens, width].
 
-        Prompts run in lockstep, each alone: a layer is needed once. Ends with Cancelled within a
-        layer. Source:
+        Prompts run in lockstep, each alone: a layer is needed once. `reader` reads those that
+        stream from disk. Ends with Cancelled within a layer. Source:
         Qwen2_5_VLTextModel.forward and Qwen3VLTextModel.forward without padding, where sdpa needs
         no mask to be causal.
         """
         try:
-            layers = self._layers.walk(last=True)  # on their way while the words are read
+            # On their way while the words are read
+            layers = self._layers.walk(last=True, reader=reader)
             states = [self._embed(ids) for ids in prompts]
             rotary = [self._rotary(state) for state in states]
             for _, layer in layers:
@@ -129,9 +131,8 @@ class TextEncoder:
         self._layers.close()
 
     def _embed(self, ids: list[int]) -> torch.Tensor:
-        words = self._checkpoint[self._words]
-        states = torch.empty(1, len(ids), words.shape[1], dtype=self._dtype)
-        weights.read([(words.row(token), states[0, i]) for i, token in enumerate(ids)])
+        states = torch.empty(1, len(ids), self._words.shape[1], dtype=self._dtype)
+        weights.read([(self._words.row(token), states[0, i]) for i, token in enumerate(ids)])
         return states.to(self._device)
 
     def _rotary(self, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

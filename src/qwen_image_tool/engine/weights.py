@@ -21,7 +21,7 @@ from torch import nn
 
 from qwen_image_tool.errors import Cancelled, ModelMissing, unless_memory
 from qwen_image_tool.files import DiskMeter, is_cached
-from qwen_image_tool.store.formats import model_keys
+from qwen_image_tool.store.formats import check_dtype, model_keys
 from qwen_image_tool.store.links import content, weight_files
 
 ALIGNMENT = 256  # bytes; what CUDA's vectorised loads and cuBLAS ask of a tensor's start
@@ -42,6 +42,7 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 AGAIN = "Download the model again."
 
 
@@ -104,15 +105,10 @@ class Checkpoint:
             raise ModelMissing(f"{self.folder} has no tensor {name}.", AGAIN) from None
 
     def check(self, name: str, parameter: torch.Tensor) -> Stored:
-        """The tensor that fills `parameter`. Raises ModelMissing where their shapes differ, or
-        where it holds whole numbers, which are weights by a rule of their own alone."""
+        """The tensor that fills `parameter`. Raises ModelMissing where their shapes differ,
+        ModelUnsupported where it is stored as what this version can't compute from."""
         stored = self[name]
-        if not stored.dtype.is_floating_point:
-            raise ModelMissing(
-                f"{stored.file}: {name} is stored as {stored.dtype}, and the model needs floating"
-                " point.",
-                "Use weights that are not quantised.",
-            )
+        check_dtype(stored.file, name, NAMES[stored.dtype])
         if stored.shape != tuple(parameter.shape):
             raise ModelMissing(
                 f"{stored.file}: {name} has the shape {list(stored.shape)}, and the model needs"
@@ -235,9 +231,13 @@ class Reader:
         with self._lock:
             self.expected += count
 
-    def __call__(self, pairs: Iterable[tuple[Stored, torch.Tensor]]) -> None:
-        """See `read`."""
-        read(pairs, self._count, self.is_cancelled, self._disk)
+    def __call__(
+        self,
+        pairs: Iterable[tuple[Stored, torch.Tensor]],
+        is_over: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """See `read`. Ends with Cancelled also when nobody needs them any more: `is_over()`."""
+        read(pairs, self._count, lambda: self.is_cancelled() or is_over(), self._disk)
 
     def check(self) -> None:
         """Raises Cancelled where the run is."""

@@ -16,7 +16,9 @@ from qwen_image_tool.decoding import DECODINGS
 from qwen_image_tool.errors import BadRequest, ModelBroken, ModelMissing, ModelUnsupported
 from qwen_image_tool.store import verify
 from qwen_image_tool.store.formats import (
+    COMPUTED,
     LATENT_CHANNELS,
+    check_dtypes,
     check_shapes,
     check_transformer,
     describe,
@@ -187,7 +189,8 @@ def inspect(
 
     A schedule of the folder's own takes the place of the model's. Raises ModelMissing that names
     the first file which is not there, ModelUnsupported where the folder holds another kind of
-    model, ModelBroken where a component's tensors are not those of its configuration.
+    model or a tensor that this version can't compute from, ModelBroken where a component's tensors
+    are not those of its configuration.
     """
     index = verify.read_json(folder / "model_index.json")
     found = index.get("_class_name")
@@ -223,6 +226,8 @@ def inspect(
     )
     channels = configs["vae"].get("z_dim", LATENT_CHANNELS[model.family])
     check_shapes(folder / "vae", _tensors(headers["vae"]), {"decoder.conv_in.weight": channels})
+    for kind in COMPUTED:
+        check_dtypes(folder / places[kind], kind, parts[places[kind]].weights)
     return Installed(
         model=_with_sigmas(model, index.get("sample_sigmas"), folder),
         folder=folder.absolute(),
@@ -230,7 +235,7 @@ def inspect(
         bytes=sizes | {"transformer": _as_bfloat16(headers["transformer"])},
         blocks=blocks,
         text_layers=text_layers,
-        decoder_parameters=_parameters(headers["vae"], ("decoder.", "post_quant_conv.")),
+        decoder_parameters=_parameters(headers["vae"], COMPUTED["vae"]),
     )
 
 

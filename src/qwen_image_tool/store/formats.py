@@ -4,7 +4,7 @@ The layouts are those of diffusers, ComfyUI and ggml's tools; what can't be read
 all the same, so that it can be refused with the reason.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -82,6 +82,21 @@ TEXT_PER_LAYER: dict[Family, tuple[str, ...]] = {
     ),
 }
 TEXT_LAYERS = {3584: 28, 4096: 36}  # of the published text encoders, by their width
+
+# How the names begin of those of a component's tensors that a run computes from. The others (a
+# vision tower, an encoder of pictures, what other programs leave in a file) may be of any kind
+COMPUTED: dict[Kind, tuple[str, ...]] = {
+    "transformer": (
+        *("transformer_blocks.", "img_in.", "txt_in.", "txt_norm.", "time_text_embed."),
+        *("modulation.", "norm_out.", "proj_out."),
+    ),
+    "text_encoder": tuple(
+        prefix + name
+        for prefix in (*TEXT_PREFIXES, "")
+        for name in ("embed_tokens.", "layers.", "norm.")
+    ),
+    "vae": ("decoder.", "post_quant_conv."),
+}
 
 # What can't be taken from another program, and what to do instead
 NOT_TAKEN: dict[Kind, str] = {
@@ -274,6 +289,28 @@ def check_shapes(folder: Path, tensors: dict[str, Stored], columns: dict[str, in
             raise _foreign(
                 folder, f"has {name} of the shape {found.shape} and not {wanted} columns"
             )
+
+
+def check_dtypes(folder: Path, kind: Kind, files: Mapping[str, Header]) -> None:
+    """Raises ModelUnsupported where this version can't compute from a tensor of the component in
+    `folder`, whose files are `files`."""
+    held = {key: (file, stored) for file in files for key, stored in files[file].tensors.items()}
+    for name, share in model_keys(held).items():
+        if name.startswith(COMPUTED[kind]):
+            file, stored = held[share.key]
+            check_dtype(folder / file, share.key, stored.dtype)
+
+
+def check_dtype(path: Path, name: str, dtype: str) -> None:
+    """Raises ModelUnsupported where this version can't compute from what is stored as `dtype`, as
+    is the tensor `name` of the file at `path`: 8 bits need scales, whole numbers a rule of their
+    own."""
+    if dtype not in RUNNING:
+        raise ModelUnsupported(
+            f"{path}: {name} is in {dtype}, and this version runs bf16, fp16 and fp32 safetensors"
+            " files.",
+            "Use weights that are not quantised.",
+        )
 
 
 def _foreign(folder: Path, what: str) -> ModelBroken:

@@ -199,7 +199,7 @@ def _details(t: Words, seen: Scene, job: Job) -> str:
         parts.append(t("{time} left", time=time_text(t, progress.seconds_left)))
     if progress and progress.phase == "denoise" and progress.step_seconds is not None:
         parts.append(t("{seconds} s a step", seconds=f"{progress.step_seconds:.2f}"))
-    if progress and progress.phase == "load" and progress.total_bytes:
+    if progress and progress.phase in ("load", "encode") and progress.total_bytes:
         done, total = size_text(progress.done_bytes), size_text(progress.total_bytes)
         parts.append(t("{done} of {total} read", done=done, total=total))
     waiting = seen.queue.counts["queued"] - (job.state == "queued")
