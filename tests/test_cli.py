@@ -172,7 +172,7 @@ def test_plan_for_another_system(qit: Any) -> None:
     assert "from page-locked RAM" in linux.out
     assert "- Planned as on Linux with an NVIDIA card." in linux.out
     windows = qit(*machine, "--vram", "8GiB", "--system", "Windows", "--json").json
-    assert windows["plan"]["placement"]["source"] == "pageable"
+    assert windows["plan"]["placement"]["pageable"] > 0
     assert "Planned as on Windows with an NVIDIA card." in windows["plan"]["reasons"]
     mac = qit(*machine, "--system", "macos", "--json").json["plan"]
     assert mac["device"] == "mps"
