@@ -158,7 +158,7 @@ def test_plan_for_a_machine_and_a_model_that_are_not_here(qit: Any) -> None:
     assert re.search(r"Drawing .* \d+ min( \d+ s)? *\n", card.out)
     assert "?" not in card.out
     assert "A step copies: " in card.out
-    assert "If the memory runs out, in this order:" in card.out
+    assert "If memory runs out, in this order" in card.out
     anyway = ("plan", "qwen-image", "--ram", "2GiB", "--vram", "3GiB", "--anyway", "--json")
     assert qit(*anyway).json["plan"]["reasons"][0].startswith("It may not fit")
     tiny_machine = qit("plan", "qwen-image", "--ram", "2GiB", "--vram", "0")

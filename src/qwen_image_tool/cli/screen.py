@@ -121,7 +121,7 @@ class Screen:
         for reason in plan.reasons:
             self.line(f"- {reason}")
         if others:
-            self.line("If the memory runs out, in this order:")
+            self.line("If memory runs out, in this order (where it is RAM, those that take less):")
         for other in others:
             needs = f"{gib(other.ram_bytes)} RAM, {gib(other.vram_bytes)} VRAM"
             self.line(f"- {other.reasons[0]} ({needs})")
