@@ -453,26 +453,34 @@ def test_fallbacks_come_in_order() -> None:
         "With fewer blocks in the GPU's memory.",
         "With the picture decoded in more parts.",
         "With weights from RAM, none page-locked.",
+        "With half as many blocks in RAM, none page-locked.",
         "With weights from disk, none page-locked.",
         "Without the GPU.",
     ]
-    first, eager, fewer, strips, pageable, disk, cpu = found
+    first, eager, fewer, strips, pageable, half, disk, cpu = found
     assert first.compiled
     assert not eager.compiled
     assert fewer.placement.resident < first.placement.resident
     assert strips.strips == 2 * first.strips
     assert (pageable.placement.source, disk.placement.source) == ("pageable", "disk")
+    in_ram = [
+        each.placement.blocks - each.placement.resident - each.placement.streamed("disk")
+        for each in (pageable, half, disk)
+    ]
+    assert in_ram == [in_ram[0], in_ram[0] // 2, 0]
     assert cpu.device == "cpu"
 
 
 @pytest.mark.parametrize(("ram", "vram", "system"), [(28, 8, "win32"), (32, 8, "linux")])
-def test_where_ram_runs_out_the_weights_come_from_disk(ram: int, vram: int, system: str) -> None:
+def test_where_ram_runs_out_more_weights_come_from_disk(ram: int, vram: int, system: str) -> None:
     """Not the same need again without a compiler, nor more of it with fewer blocks on the card."""
     found = plans(device("cuda", ram, vram, rates=RATES, system=system))
     assert found[0].ram_bytes > 0.8 * 0.92 * ram * GIB
-    [following, *_] = next_plans(found, "memory")
-    assert following.placement.source == "disk"
-    assert following.ram_bytes < 6 * GIB
+    [half, disk, *_] = next_plans(found, "memory")
+    assert half.placement.streamed("disk") > found[0].placement.streamed("disk")
+    assert half.ram_bytes < 0.7 * found[0].ram_bytes
+    assert disk.placement.source == "disk"
+    assert disk.ram_bytes < 6 * GIB
 
 
 def test_another_process_goes_on_after_what_failed() -> None:
@@ -480,7 +488,7 @@ def test_another_process_goes_on_after_what_failed() -> None:
     assert plans_after(found, 1, "crashed") == found[1:]
     assert plans_after(found, 3, "gpu memory") == found[3:]
     assert plans_after(found, 99, "crashed") == found[-1:], "by then there may be fewer"
-    assert plans_after(found, 1, "memory")[0].placement.source == "disk"
+    assert "With half as many" in plans_after(found, 1, "memory")[0].reasons[0]
     disk = next(n for n, each in enumerate(found, 1) if each.placement.source == "disk")
     assert plans_after(found, disk, "memory") == found[disk - 1 : disk], "memory may be free now"
 

@@ -330,7 +330,11 @@ def _fallbacks(needs: Needs, way: Way) -> Iterator[tuple[Way, str]]:
     unlocked = _in_ram(needs, eager, 0)
     if unlocked and "pageable" in (unlocked.blocks.source, unlocked.text.source):
         yield unlocked, "With weights from RAM, none page-locked."
-    from_disk = _from(eager, "disk", "disk")
+    from_disk, streamed = _from(eager, "disk", "disk"), eager.blocks.blocks - eager.blocks.resident
+    half = (streamed - eager.blocks.streamed("disk")) // 2
+    fewer = replace(from_disk, blocks=_kept(from_disk.blocks, half, 0))
+    if half and _fits(needs, fewer):
+        yield fewer, "With half as many blocks in RAM, none page-locked."
     if _fits(needs, from_disk):
         yield from_disk, "With weights from disk, none page-locked."
     on_cpu = _on_cpu(needs)
