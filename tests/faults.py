@@ -619,19 +619,26 @@ def clock_back(folder: Path, count: int) -> Tally:
     environment = {"LD_PRELOAD": str(_shifted_clock(folder)), "QIT_SHIFT": str(shift)}
     at, jobs = 0, []
     for number in range(count):
-        shift.write_text(str(at))
+        _shift(shift, at)
         with _environment(**environment), process(folder) as running:
             http = running.http
             new = [_queue(http, "slow", number * 10 + n) for n in range(3)]
             wait(partial(_ended, http, new[0], "running"))
             for job, back in zip(new, (HOUR, DAY, 400 * DAY), strict=True):
                 at -= back
-                shift.write_text(str(at))
+                _shift(shift, at)
                 wait(partial(_ended, http, job))
             jobs += new
             _check_clock(tally, http, folder, jobs)
         at += 300 * DAY
     return tally
+
+
+def _shift(file: Path, seconds: int) -> None:
+    """At once: an empty file would be a clock that is right."""
+    new = file.with_suffix(".new")
+    new.write_text(str(seconds))
+    new.replace(file)
 
 
 def _queue(http: Any, prompt: str, seed: int) -> str:

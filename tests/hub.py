@@ -236,9 +236,9 @@ class _Handler(BaseHTTPRequestHandler):
         stop = fault.at if fault and fault.kind in ("cut", "stall") else len(body)
         for at in range(0, min(stop, len(body)), self.hub.piece):
             piece = body[at : min(at + self.hub.piece, stop)]
-            self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece) if self.hub.chunked else piece)
-            with self.hub.lock:
+            with self.hub.lock:  # before: who has the last byte finds it counted
                 self.hub.sent[name] += len(piece)
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece) if self.hub.chunked else piece)
             if self.hub.bytes_per_second:
                 time.sleep(len(piece) / self.hub.bytes_per_second)
         if self.hub.chunked:

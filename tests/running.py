@@ -152,6 +152,13 @@ def process(
             child.stdin.close()
 
 
+def own_threads() -> set[threading.Thread]:
+    """Those of pools in which weights, steps and pictures are worked on. One may live a moment
+    longer than what it worked on."""
+    pools = ("ahead", "decoding", "load", "preview", "progress", "ring", "staging", "weights")
+    return {each for each in threading.enumerate() if each.name.rpartition("_")[0] in pools}
+
+
 def wait(condition: Callable[[], bool], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():

@@ -20,6 +20,7 @@ from qwen_image_tool.files import DiskMeter
 from qwen_image_tool.settings import Settings
 from qwen_image_tool.store.ahead import PIECE, Wanted, pieces, read_ahead
 from qwen_image_tool.types import Request, Size
+from running import own_threads, wait
 
 
 @pytest.fixture
@@ -110,11 +111,11 @@ def test_everything_is_read_and_nothing_goes_on(
             done.set()
 
     monkeypatch.setattr(ahead, "_read", record)
-    before = threading.active_count()
+    before = own_threads()
     with read_ahead(model, DiskMeter()):
         assert done.wait(60)
     assert sorted(read) == sorted(pieces(model, 1 << 40))
-    assert threading.active_count() == before
+    wait(lambda: own_threads() <= before)
 
 
 def test_it_ends_with_the_block(model: list[Wanted], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,6 +62,7 @@ from qwen_image_tool.types import (
     Size,
     Stepped,
 )
+from running import own_threads, wait
 
 SIZE = Size(64, 48)
 REQUEST = Request(
@@ -96,15 +97,23 @@ def draw(engine: Engine, plans: list[Plan], events: list[Event], after: int = 10
     return engine.run(REQUEST, plans, events.append, lambda: next(asked) >= after)
 
 
-def live() -> tuple[int, int]:
-    """Bytes of all tensors, and threads."""
+def live() -> int:
+    """Bytes of all tensors."""
     gc.collect()
     everything = gc.get_objects()
     kinds = {kind for kind in set(map(type, everything)) if issubclass(kind, torch.Tensor)}
     kinds.discard(FakeTensor)
     tensors = [each for each in everything if type(each) in kinds and not each.is_meta]
     storages = {each.untyped_storage().data_ptr(): each.untyped_storage() for each in tensors}
-    return sum(each.nbytes() for each in storages.values()), threading.active_count()
+    return sum(each.nbytes() for each in storages.values())
+
+
+def left(others: set[threading.Thread]) -> int:
+    """Bytes of all tensors, once no thread of ours is there but `others`: each holds some until it
+    ends."""
+    gc.collect()
+    wait(lambda: own_threads() <= others)
+    return live()
 
 
 def test_phases_and_steps_are_told_in_order(folder: Path, tmp_path: Path) -> None:
@@ -234,10 +243,11 @@ def test_what_could_not_be_loaded_is_loaded_anew(
 
 
 def test_cancelling_at_any_time_leaves_the_memory_as_it_was(folder: Path) -> None:
+    others = own_threads()
     engine = Engine(locate(str(folder), load_catalog(), Path()))
     draw(engine, [plan()], [])  # after it, what libraries keep for good is there
     engine.release()
-    before = live()
+    before = left(others)
     after, cancelled = 0, True
     tried = 0
     while cancelled:
@@ -249,7 +259,7 @@ def test_cancelling_at_any_time_leaves_the_memory_as_it_was(folder: Path) -> Non
             cancelled = False
         if engine._parts is not None:  # what was half loaded is given back without that
             engine.release()
-        assert live() == before, f"after {after} questions"
+        assert left(others) == before, f"after {after} questions"
         after += max(1, after // 2)
         tried += 1
     assert tried > 7
@@ -267,6 +277,7 @@ def test_a_run_can_be_cancelled_at_every_stage(
     family: str, placement: Placement, tmp_path: Path
 ) -> None:
     """After whatever it said last; and the memory is as it was."""
+    others = own_threads()
     save = tiny.save if family == "qwen-image" else tiny.save_21
     engine = Engine(locate(str(save(tmp_path, layers=6)), load_catalog(), Path()))
     layers = Placement(blocks=engine.installed.text_layers.count, resident=1, slots=1)
@@ -291,12 +302,12 @@ def test_a_run_can_be_cancelled_at_every_stage(
     whole = stages(10**9)  # after it, what libraries keep for good is there
     assert whole == ["load", "encode", "load", "denoise", "1", "2", "3", "decode"]
     engine.release()
-    before = live()
+    before = left(others)
     for last in range(len(whole) + 1):
         with pytest.raises(Cancelled):
             stages(last)
         engine.release()
-        assert live() == before, f"after {whole[:last]}"
+        assert left(others) == before, f"after {whole[:last]}"
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "modulation"])
@@ -492,7 +503,7 @@ def test_a_prompt_that_is_not_read_to_its_end_leaves_no_slots(
     assert parts._text_encoder
     layers = parts._text_encoder._layers.modules
     assert [next(layer.parameters()).is_meta for layer in layers] == [False, True]
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ring")]
+    wait(lambda: not [each for each in own_threads() if each.name.startswith("ring")])
     engine.release()
 
 
@@ -627,7 +638,7 @@ def test_the_next_plan_follows_when_the_memory_runs_out(
     held: list[int] = []
 
     def denoise(forward: Any, latents: torch.Tensor, *rest: Any) -> torch.Tensor:
-        held.append(live()[0])
+        held.append(live())
         if len(held) < 3:
             ballast = torch.zeros(5_000_000)
             raise torch.OutOfMemoryError(f"CUDA out of memory.\n{len(ballast)}")
@@ -670,7 +681,7 @@ def test_where_decoding_ran_out_of_memory_it_goes_on_in_another_thread(
 
     def decode(*given: Any) -> Any:
         threads.append(threading.current_thread().name)
-        held.append(live()[0])
+        held.append(live())
         if len(threads) < 3:
             ballast = torch.zeros(5_000_000)
             raise torch.OutOfMemoryError(f"CUDA out of memory.\n{len(ballast)}")
@@ -849,6 +860,7 @@ def test_blocks_that_do_not_compile_draw_uncompiled(
 def test_compiled_blocks_give_their_memory_back(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    others = own_threads()
     engine = Engine(locate(str(folder), load_catalog(), Path()))
     expected = draw(engine, [plan()], [])
     engine.release()
@@ -856,14 +868,14 @@ def test_compiled_blocks_give_their_memory_back(
     monkeypatch.setattr(compiled, "compile_blocks", compile_blocks)
     draw(engine, [plan(compiled=True)], [])  # after it, what the compiler keeps for good is there
     engine.release()
-    before = live()[0]
+    before = left(others)
     events: list[Event] = []
     run = draw(engine, [plan(compiled=True)], events)
     assert not [event for event in events if isinstance(event, Notice)]
     assert run.rates["compile_seconds"] > 0
     assert all(map(np.array_equal, pixels(run), pixels(expected)))
     engine.release()
-    assert live()[0] == before
+    assert left(others) == before
 
 
 @pytest.mark.parametrize(

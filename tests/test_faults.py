@@ -98,6 +98,7 @@ def test_the_worker_killed_at_random_moments(tmp_path: Path) -> None:
             time.sleep(chance.uniform(0.0, 0.7))
             if pid := live.service.supervisor.worker_pid:
                 os.kill(pid, signal.SIGKILL)
+                wait(lambda pid=pid: live.service.supervisor.worker_pid != pid)  # type: ignore[misc]
             view = live.wait(job)
             live.http.post("/api/queue/resume")
             assert view["job"]["state"] == "done"

@@ -1,14 +1,17 @@
 """Models fetched, proven, mended and removed through the API, from a local hub."""
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import tiny
 from hub import Fault, LocalHub, serve
-from qwen_image_tool.transfers import Transfer
+from qwen_image_tool.catalog import load_catalog
+from qwen_image_tool.transfers import Transfer, Transfers
 from qwen_image_tool.types import DownloadProgress, VerifyProgress
 from qwen_image_tool.ui import cards
 from qwen_image_tool.ui.words import load_words
@@ -165,6 +168,26 @@ def test_what_a_removal_frees_is_known_before(live: Live) -> None:
     assert library.used_bytes() == 0
     live.service.transfers.forget(MODEL)
     assert live.http.get("/api/transfers").json() == []
+
+
+def test_the_next_may_begin_as_soon_as_one_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its thread may live a moment longer."""
+    gone = threading.Event()
+
+    class Lingering(threading.Thread):
+        def run(self) -> None:
+            super().run()
+            gone.wait(60)
+
+    monkeypatch.setattr("qwen_image_tool.transfers.threading.Thread", Lingering)
+    told: list[str] = []
+    library: Any = SimpleNamespace(verify=lambda *_: ())
+    transfers = Transfers(library, lambda transfer: told.append(transfer.state))
+    for count in range(1, 4):
+        transfers.start(load_catalog().find(MODEL), "check")
+        wait(lambda: transfers.all()[0].state == "done")
+        assert (transfers.ended, told) == (count, ["done"] * count)
+    gone.set()
 
 
 @pytest.mark.parametrize(

@@ -55,8 +55,8 @@ class Transfer(Value):
 
 
 class Transfers:
-    """`tell` is called with every change, from the thread that works. `ended` counts the works that
-    came to an end."""
+    """`tell` is called with every change, in their order, from the thread that works; it must not
+    block, nor ask here. `ended` counts the works that came to an end."""
 
     def __init__(self, library: Library, tell: Callable[[Transfer], None]) -> None:
         self._library, self._tell = library, tell
@@ -85,20 +85,21 @@ class Transfers:
             model.variant(variant)
             self._check_licence(model, accept_licence)
         with self._lock:
-            if self._thread and self._thread.is_alive():
+            if self._thread:
                 raise Busy("Another model is being worked on.", "Wait for it, or pause it.")
             transfer = Transfer(
                 model=model.id, variant=variant, action=action, source=str(source or "")
             )
             self._all[model.id] = transfer
             self._control = control = Control()
-            self._thread = threading.Thread(
+            thread = threading.Thread(
                 target=self._run,
                 args=(transfer, model, control, accept_licence),
                 name="transfer",
                 daemon=True,
             )
-            self._thread.start()
+            thread.start()
+            self._thread = thread
         return transfer
 
     def stop(self, model: str, keep: bool) -> Transfer:
@@ -123,7 +124,7 @@ class Transfers:
         """Pause what runs, and wait for it."""
         with self._lock:
             control, thread = self._control, self._thread
-        if control and thread and thread.is_alive():
+        if control and thread:
             control.pause()
             thread.join(10)
 
@@ -158,8 +159,7 @@ class Transfers:
             change = {"state": "failed", "failure": Failure.of(error)}
         except Exception as error:  # noqa: BLE001  the thread's last word must not be silence
             change = {"state": "failed", "failure": Failure.from_table("other", f"({error})")}
-        self._set(transfer.model, change)
-        self.ended += 1
+        self._set(transfer.model, change, last=True)
 
     def _work(
         self,
@@ -185,7 +185,10 @@ class Transfers:
                 )
         return ()
 
-    def _set(self, model: str, change: dict[str, object]) -> None:
+    def _set(self, model: str, change: dict[str, object], last: bool = False) -> None:
         with self._lock:
             self._all[model] = changed = self._all[model].model_copy(update=change)
-        self._tell(changed)
+            if last:  # with the state: who sees that it has ended may begin the next
+                self._thread = None
+                self.ended += 1
+            self._tell(changed)

@@ -13,6 +13,8 @@ import threading
 from pathlib import Path
 from typing import BinaryIO
 
+from pydantic import ValidationError
+
 from qwen_image_tool import logs
 from qwen_image_tool.app import App
 from qwen_image_tool.errors import Cancelled, OutOfMemory, ToolError, trouble_of
@@ -30,6 +32,7 @@ from qwen_image_tool.messages import (
 from qwen_image_tool.settings import load_settings
 from qwen_image_tool.types import Event, Failure
 
+UNREADABLE = 65  # exit code of a worker that doesn't understand its supervisor
 _log = logging.getLogger(__name__)
 
 
@@ -53,9 +56,21 @@ class Worker:
         self._stopped: set[str] = set()
 
     def listen(self, orders: BinaryIO) -> None:
-        """Read orders until the supervisor is gone, then end the process at once."""
+        """Read orders until the supervisor is gone, or says what this version does not know: then
+        end the process at once, for a job that nobody draws would be running for ever."""
         for text in orders:
-            self._take(order_adapter.validate_json(text))
+            try:
+                order = order_adapter.validate_json(text)
+            except ValidationError as error:
+                fault = error.errors()[0]  # the error itself has the prompt, which may say anything
+                print(
+                    f"An order can't be read: {fault['msg']} ({'.'.join(map(str, fault['loc']))})."
+                    " Where the program was updated while its server ran, start the server again.",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(UNREADABLE)
+            self._take(order)
         os._exit(ORPHANED)
 
     def serve(self) -> None:
