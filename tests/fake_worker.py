@@ -112,10 +112,12 @@ class FakeWorker:
         emit(PhaseStarted(phase="denoise"))
         for step in range(1, (request.steps or 1) + 1):
             time.sleep(0.3 if "very slow" in words else 0.05 if "slow" in words else 0)
-            if run.job in self.stopped:
-                raise Cancelled("Stopped.", "Nothing was written.")
+            self.check(run)
             emit(Stepped(step=step, steps=request.steps or 1, seconds=0.05))
             emit(Preview(step=step, jpeg=TINY_JPEG))
+        while "endless" in words:
+            time.sleep(0.05)
+            self.check(run)
         emit(PhaseStarted(phase="save"))
         folder.mkdir(parents=True, exist_ok=True)
         before = int(found[1]) if (found := re.search(r"save (\d+)", words)) else 0
@@ -128,6 +130,10 @@ class FakeWorker:
             emit(Saved(path=str(path), seed=alone.seeds[0]))
         if before >= request.images:
             self.misbehave(words, run, folder)
+
+    def check(self, run: Run) -> None:
+        if run.job in self.stopped:
+            raise Cancelled("Stopped.", "Nothing was written.")
 
     def misbehave(self, words: str, run: Run, folder: Path) -> None:
         if "once" in words:

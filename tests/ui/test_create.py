@@ -182,7 +182,7 @@ def test_settings_are_restored_and_the_picture_is_saved(site: Site) -> None:
 
 def test_progress_and_cancel(site: Site) -> None:
     with site.visit() as visit:
-        generate(visit, "slow one", steps=400)
+        generate(visit, "slow and endless", steps=400)
         visit.sees(re.compile(r"Drawing: step \d+ of 400"))
         visit.sees(re.compile(r"\d+ s left · 0\.\d+ s a step"))
         expect(visit.stage.locator("img[src^='data:image/jpeg']")).to_be_visible()
@@ -197,7 +197,7 @@ def test_progress_and_cancel(site: Site) -> None:
 def test_a_reload_and_more_tabs_change_nothing(site: Site) -> None:
     """More tabs than a browser opens connections to a host."""
     with site.visit() as visit:
-        generate(visit, "very slow and seen by seven", steps=300)
+        generate(visit, "endless, slow and seen by seven", steps=300)
         visit.sees(re.compile(r"Drawing: step"))
         job = visit.stage.get_attribute("data-job")
         visit.reload()
@@ -205,7 +205,7 @@ def test_a_reload_and_more_tabs_change_nothing(site: Site) -> None:
         for one in every:
             one.sees(re.compile(r"Drawing: step"))
             expect(one.stage).to_have_attribute("data-job", job or "")
-            expect(one.field("Prompt")).to_have_value("very slow and seen by seven")
+            expect(one.field("Prompt")).to_have_value("endless, slow and seen by seven")
         every[-1].press("Cancel")
         for one in every:
             one.state("cancelled")
@@ -244,12 +244,12 @@ def test_a_long_job_tells_when_it_has_ended(site: Site) -> None:
 
 def test_a_worker_that_dies_is_told_and_the_job_goes_on(site: Site) -> None:
     with site.visit() as visit:
-        generate(visit, "slow once signal 9", steps=40)
+        generate(visit, "slow once signal 9", steps=200)
         why = r"The process that draws was ended from outside\. \(SIGKILL during \w+\)"
         told = visit.stage.get_by_text(re.compile(rf"{why} The job goes on by itself\."))
         expect(told).to_be_visible()
         visit.shot("worker-died")
-        visit.state("done")
+        visit.state("done", 60)
 
 
 def test_a_failure_is_the_servers_sentence_with_its_button(site: Site) -> None:
@@ -287,10 +287,10 @@ def test_by_keyboard_alone(site: Site) -> None:
             )
             assert shown != "nonenone", focused.evaluate("e => e.outerHTML")
             keyboard.press("Tab")
-        keyboard.type("very slow by keyboard")
+        keyboard.type("endless by keyboard")
         keyboard.press("Control+Enter")
         visit.state("running")
-        assert newest(site)["request"]["prompt"] == "very slow by keyboard"
+        assert newest(site)["request"]["prompt"] == "endless by keyboard"
         expect(visit.page.locator("#qit-cancel")).to_be_enabled()
         keyboard.press("Escape")
         visit.state("cancelled")
@@ -324,7 +324,7 @@ def test_shape_sentence_and_generate_are_seen_together(site: Site, window: Any) 
             visit.press("Close the walk-through")
         for one in (visit.field("Resolution"), visit.field("Prompt"), *buttons(visit)):
             expect(one).to_be_in_viewport(ratio=1)
-        visit.write("Prompt", "slow to watch")
+        visit.write("Prompt", "endless to watch")
         visit.press("Generate")
         visit.state("running")
         expect(visit.stage.locator(".qit-frame").first).to_be_in_viewport()

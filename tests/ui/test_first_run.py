@@ -15,7 +15,7 @@ from running import BEARER
 def test_first_run_to_the_first_picture(real_site: Site) -> None:
     with real_site.visit() as visit:
         visit.sees("Three steps to your own pictures")
-        visit.sees("Runs on the CPU")
+        visit.sees("Runs on the CPU", seconds=60)
         visit.press("Draw a first picture now")
         visit.state("running")
         visit.sees(re.compile("Drawing: step|Done in"), seconds=60)

@@ -16,7 +16,7 @@ from running import process
 
 MODEL, REPO = "qwen-image", "Qwen/Qwen-Image"
 LICENCE = b"Tongyi Qianwen RESEARCH LICENSE AGREEMENT\n" + b"You may look at the pictures.\n" * 40
-SLOW = 40_000  # bytes a second
+SLOW = 10_000  # bytes a second
 
 
 @pytest.fixture(scope="module")

@@ -61,7 +61,7 @@ def test_it_opens_and_ends(tmp_path: Path, browser: Browser, shots: Path) -> Non
         assert all(f'"{path}"' in answer.text for path in Frontend().ahead)
         site = Site(running.url, running.http, running.child, browser, shots)
         with site.visit(watched=False) as visit:
-            expect(visit.plan).to_contain_text("Memory")
+            expect(visit.plan).to_contain_text("Memory", timeout=OPENS)
             running.child.terminate()
             visit.sees("QwenImageTool has ended, or can't be reached.")
             visit.shot("server-gone")
