@@ -34,7 +34,9 @@ def shots(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def site(tmp_path_factory: pytest.TempPathFactory, browser: Browser, shots: Path) -> Iterator[Site]:
     """`qit ui` in an empty home, over the fake worker; one for the tests of a module."""
     home = tmp_path_factory.mktemp("home")
-    with process(home, "--no-browser", command="ui") as running:
+    # Processes that other tests let the kernel kill are none of this one's
+    alone = "import pathlib\nfrom qwen_image_tool import exits\nexits.ROOT = pathlib.Path('/none')"
+    with process(home, "--no-browser", command="ui", first=alone) as running:
         yield Site(running.url, running.http, running.child, browser, shots)
     assert faults(home) == []
 

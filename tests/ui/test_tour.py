@@ -25,8 +25,10 @@ WINDOW = {"width": 1180, "height": 900}
 
 @pytest.fixture(scope="module")
 def site(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """A first start with the practice model, in a folder whose name tells nothing."""
-    home = Path(tempfile.gettempdir()) / "qwen-image-tour"
+    """A first start with the practice model; where its pictures are to be shown, in a folder whose
+    name tells nothing."""
+    shown = "QIT_TOUR" in os.environ
+    home = Path(tempfile.gettempdir(), "qwen-image-tour") if shown else tmp_path_factory.mktemp("t")
     shutil.rmtree(home, ignore_errors=True)
     try:
         with process(home, "--no-browser", command="ui", fake=False) as running:
