@@ -1,10 +1,10 @@
 """A worker without torch, for tests of what is around it: it speaks the same words over the same
 pipes, saves real files, and does what the prompt says.
 
-Words of a prompt: `slow` steps of 0.05 s, `very slow` ones of 0.3 s; `hang` in a step and stop for
-nobody; `exit N`; `signal N`; `say TEXT` on stderr before that; `fail KIND` as the engine would;
-`once` only the first time; `save N`: do it after N pictures are saved; `fill FOLDER for N`: fill
-its disk for N seconds.
+Words of a prompt: `slow` steps of 0.05 s, `very slow` ones of 0.3 s; `endless`: after the last step
+wait until the job is stopped; `hang` in a step and stop for nobody; `exit N`; `signal N`; `say
+TEXT` on stderr before that; `fail KIND` as the engine would; `once` only the first time; `save N`:
+do it after N pictures are saved; `fill FOLDER for N`: fill its disk for N seconds.
 """
 
 import contextlib

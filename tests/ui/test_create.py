@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Locator, expect
 
-from browsing import DESKTOP, LAPTOP, PHONE, Site, Visit
+from browsing import DESKTOP, LAPTOP, OPENS, PHONE, Site, Visit
 from qwen_image_tool.catalog.sizes import RATIOS, RESOLUTIONS, SIZES
 
 
@@ -81,7 +81,7 @@ def test_a_number_beyond_its_limits_is_said_and_the_page_goes_on(site: Site) -> 
             for part in re.split(r"(?<=\.) ", said):
                 expect(visit.plan).to_contain_text(part)
             visit.write(label, right)
-            expect(visit.plan).to_contain_text("Runs on")
+            expect(visit.plan).to_contain_text("Runs on", timeout=OPENS)
 
 
 def test_every_control_is_in_the_request(site: Site) -> None:
@@ -115,7 +115,7 @@ def test_every_control_is_in_the_request(site: Site) -> None:
 
 def test_the_plan_follows_the_controls(site: Site) -> None:
     with site.visit() as visit:
-        expect(visit.plan).to_contain_text("Memory")
+        expect(visit.plan).to_contain_text("Memory", timeout=OPENS)
         expect(visit.plan).to_contain_text("Runs on the CPU")
         visit.choose("Model", "Qwen-Image-2512")
         expect(visit.plan).to_contain_text("57.7 GB")
@@ -247,7 +247,7 @@ def test_a_worker_that_dies_is_told_and_the_job_goes_on(site: Site) -> None:
         generate(visit, "slow once signal 9", steps=200)
         why = r"The process that draws was ended from outside\. \(SIGKILL during \w+\)"
         told = visit.stage.get_by_text(re.compile(rf"{why} The job goes on by itself\."))
-        expect(told).to_be_visible()
+        expect(told).to_be_visible(timeout=60_000)
         visit.shot("worker-died")
         visit.state("done", 60)
 
@@ -307,7 +307,7 @@ def test_by_keyboard_alone(site: Site) -> None:
 )
 def test_it_fits_and_is_seen(site: Site, name: str, options: dict[str, Any]) -> None:
     with site.visit(**options) as visit:
-        expect(visit.plan).to_contain_text("Memory")
+        expect(visit.plan).to_contain_text("Memory", timeout=OPENS)
         visit.shot(f"create-{name}")
         assert visit.overflow() == 0
         visit.go("Queue")
@@ -319,7 +319,7 @@ def test_it_fits_and_is_seen(site: Site, name: str, options: dict[str, Any]) -> 
 @pytest.mark.parametrize("window", [LAPTOP, PHONE])
 def test_shape_sentence_and_generate_are_seen_together(site: Site, window: Any) -> None:
     with site.visit(viewport=window) as visit:
-        expect(visit.plan).to_contain_text("Memory")
+        expect(visit.plan).to_contain_text("Memory", timeout=OPENS)
         if window == PHONE and visit.page.locator(".qit-guide").count():
             visit.press("Close the walk-through")
         for one in (visit.field("Resolution"), visit.field("Prompt"), *buttons(visit)):
@@ -328,6 +328,7 @@ def test_shape_sentence_and_generate_are_seen_together(site: Site, window: Any) 
         visit.press("Generate")
         visit.state("running")
         expect(visit.stage.locator(".qit-frame").first).to_be_in_viewport()
+        expect(visit.page.locator("#qit-cancel")).to_be_enabled()
         visit.page.keyboard.press("Escape")
         visit.state("cancelled")
 
@@ -350,7 +351,7 @@ def test_the_badge_and_the_plan_are_as_things_are_now(site: Site) -> None:
 
 def test_in_chinese(site: Site) -> None:
     with site.visit(locale="zh-CN") as visit:
-        expect(visit.plan).to_contain_text("所需资源")
+        expect(visit.plan).to_contain_text("所需资源", timeout=OPENS)
         assert visit.page.evaluate("document.documentElement.lang") == "zh-CN"
         visit.write("提示词", "一只狐狸")
         visit.press("生成")

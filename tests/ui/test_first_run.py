@@ -27,7 +27,7 @@ def test_first_run_to_the_first_picture(real_site: Site) -> None:
         third = visit.page.locator(".qit-guide li").nth(2)
         expect(third).to_contain_text("Get the real model for this computer")
         third.get_by_role("button", name=re.compile("^Get Qwen-Image")).click()
-        expect(visit.page.locator(".qit-book.best")).to_be_focused()
+        expect(visit.page.locator(".qit-book.best")).to_be_focused(timeout=60_000)
 
 
 def test_the_same_through_gradio_client(real_site: Site) -> None:

@@ -75,7 +75,7 @@ def test_settings_go_back_into_the_form(site: Site) -> None:
 def test_pause_and_resume(site: Site) -> None:
     with site.visit() as visit:
         visit.go("Queue")
-        submit(site, "very slow to pause", steps=100)
+        submit(site, "endless")
         visit.press("Pause and free the memory")
         visit.sees("The queue is paused and the memory is free for other programs.")
         visit.go("Create")
@@ -87,10 +87,14 @@ def test_pause_and_resume(site: Site) -> None:
 
 def test_nobody_asks_for_a_board_that_nobody_sees(site: Site) -> None:
     with site.visit() as visit:
-        visit.go("Queue")
-        shown = asked_for(visit)
-        visit.go("Create")
-        [board] = site.wait_for(lambda: shown - asked_for(visit), lambda found: len(found) == 1, 60)
+
+        def for_the_queue() -> set[int]:
+            visit.go("Queue")
+            shown = asked_for(visit)
+            visit.go("Create")
+            return shown - asked_for(visit)
+
+        [board] = site.wait_for(for_the_queue, lambda found: len(found) == 1, 60)
         visit.go("Queue")
         site.wait_for(lambda: asked_for(visit), lambda found: board in found, 60)
         visit.look_away()
@@ -116,7 +120,7 @@ def asked_for(visit: Visit) -> set[int]:
 
 def test_a_button_that_comes_too_late_says_so(site: Site) -> None:
     with site.visit() as visit:
-        submit(site, "very slow", steps=100)
+        submit(site, "endless")
         job = submit(site, "too late")
         visit.go("Queue")
         expect(row(visit, "too late")).to_be_visible()

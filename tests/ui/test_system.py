@@ -34,15 +34,15 @@ def test_memory_disk_and_the_doctor(site: Site) -> None:
 def test_the_worker_gives_its_memory_back(site: Site) -> None:
     with site.visit() as visit:
         visit.go("System")
-        submit(site, "very slow to watch", steps=100)
-        visit.sees(re.compile(r"Drawing “very slow to watch”, with \d+ MiB of memory\."))
+        submit(site, "endless to watch")
+        visit.sees(re.compile(r"Drawing “endless to watch”, with \d+ MiB of memory\."))
         visit.press("Pause and free the memory")
         visit.sees("The queue is paused and the memory is free for other programs.")
         site.wait_for(
             lambda: site.http.get("/api/queue").json()["loaded"], lambda loaded: not loaded
         )
         visit.press("Resume")
-        visit.sees(re.compile("Drawing “very slow to watch”"))
+        visit.sees(re.compile("Drawing “endless to watch”"))
         visit.go("Create")
         visit.press("Cancel")
         visit.go("System")
