@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 from safetensors.torch import load_file, save_file
 from torch._subclasses import FakeTensor
 from torch.nn import functional
@@ -516,20 +517,26 @@ def test_what_reads_pixels_is_not_kept(folder: Path) -> None:
     engine.release()
 
 
-@pytest.mark.parametrize("single_frame", [True, False], ids=["ours", "diffusers'"])
-def test_a_number_of_the_picture_that_is_none_is_found(folder: Path, single_frame: bool) -> None:
-    """Where all is plain already another plan would compute the same, so none is tried."""
+def decoding(folder: Path, single_frame: bool) -> tuple[Engine, Plan, list[nn.Module]]:
+    """An engine that has drawn, by which plan, and its decoder's layers."""
     engine = Engine(locate(str(folder), load_catalog(), Path()))
     way = plan().model_copy(update={"single_frame": single_frame})
     draw(engine, [way], [])
     assert engine._parts
+    parts = engine._parts.vae.decoder.modules()
+    return engine, way, [each for each in parts if not [*each.children()]]
+
+
+@pytest.mark.parametrize("single_frame", [True, False], ids=["ours", "diffusers'"])
+def test_a_number_of_the_picture_that_is_none_is_found(folder: Path, single_frame: bool) -> None:
+    """Where all is plain already another plan would compute the same, so none is tried."""
+    engine, way, layers = decoding(folder, single_frame)
 
     def spoil(_: Any, __: Any, frame: torch.Tensor) -> torch.Tensor:
         frame[..., -1, -1] = torch.nan
         return frame
 
-    last = [each for each in engine._parts.vae.decoder.modules() if not [*each.children()]][-1]
-    hook = last.register_forward_hook(spoil)
+    hook = layers[-1].register_forward_hook(spoil)
     events: list[Event] = []
     with pytest.raises(BrokenPicture, match="left their range"):
         draw(engine, [way, plan(strips=2)], events)
@@ -541,11 +548,7 @@ def test_a_number_of_the_picture_that_is_none_is_found(folder: Path, single_fram
 
 @pytest.mark.parametrize("single_frame", [True, False], ids=["ours", "diffusers'"])
 def test_a_run_is_cancelled_within_a_layer_of_decoding(folder: Path, single_frame: bool) -> None:
-    engine = Engine(locate(str(folder), load_catalog(), Path()))
-    way = plan().model_copy(update={"single_frame": single_frame})
-    draw(engine, [way], [])
-    assert engine._parts
-    layers = [each for each in engine._parts.vae.decoder.modules() if not [*each.children()]]
+    engine, way, layers = decoding(folder, single_frame)
     begun: list[int] = []
     for number, layer in enumerate(layers):
         layer.register_forward_pre_hook(lambda *_, number=number: begun.append(number))

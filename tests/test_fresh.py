@@ -35,6 +35,11 @@ def test_it_works_as_the_caller_would() -> None:
     assert not torch.is_inference_mode_enabled()
 
 
+def test_a_gpu_that_is_not_in_use_yet_ran_out_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    assert times_ran_out(GPU) == 0
+
+
 @pytest.mark.parametrize("device", ["cpu", "mps", "xpu"])
 def test_other_devices_have_no_such_kernels(device: str) -> None:
     assert times_ran_out(torch.device(device)) == 0

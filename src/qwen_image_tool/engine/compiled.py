@@ -21,6 +21,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from qwen_image_tool.errors import first_line
+
 log = logging.getLogger(__name__)
 
 
@@ -105,7 +107,9 @@ class Compiled:
     def _give_up(self, error: Exception) -> None:
         self.works = False
         log.warning("Blocks run uncompiled from here on.", exc_info=error)
-        self._on_failure(f"Compiling does not work here, so it runs uncompiled: {_sentence(error)}")
+        self._on_failure(
+            f"Compiling does not work here, so it runs uncompiled: {first_line(error)}"
+        )
 
 
 def rotate(
@@ -140,8 +144,3 @@ def _real(value: Any) -> Any:
         return tuple(_real(item) for item in value)
     is_complex = isinstance(value, torch.Tensor) and value.is_complex()
     return torch.view_as_real(value) if is_complex else value
-
-
-def _sentence(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines or [type(error).__name__])[0]

@@ -38,5 +38,6 @@ class FreshThread:
 
 
 def times_ran_out(device: torch.device) -> int:
-    """How often this process got no memory of the GPU, kernels' own tries with it."""
-    return int(torch.cuda.memory_stats(device)["num_ooms"]) if device.type == "cuda" else 0
+    """How often this process got no memory of the GPU, kernels' own tries with it; torch counts
+    from the GPU's first use on."""
+    return torch.cuda.memory_stats(device).get("num_ooms", 0) if device.type == "cuda" else 0

@@ -7,6 +7,7 @@ import warnings
 from typing import Any
 
 from qwen_image_tool.device import TorchFacts, cpu_name, nvidia_card
+from qwen_image_tool.errors import first_line
 
 
 def torch_facts() -> TorchFacts:
@@ -132,8 +133,7 @@ def _cpu_bf16(torch: Any) -> bool:
 
 
 def _sentence(error: Exception) -> str:
-    text = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return text.strip().rstrip(".") + "."
+    return first_line(error).rstrip(".") + "."
 
 
 if __name__ == "__main__":
