@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch._subclasses import FakeTensor
 from torch.nn import functional
 
