@@ -580,6 +580,8 @@ COLUMNS = (
     "first step s",
     "new prompts s",
     "known ms",
+    "request s",
+    "predicted",
 )
 
 
@@ -597,12 +599,13 @@ def table(report: dict[str, Any]) -> str:
     ]
     for row in rows:
         name = row["line"] if row["line"] != "ours" else f"ours, {row['mode']}"
-        cells = [name, f"{row['cap_gib']:g}", *(cells_of(row, plain))]
+        cells = [name, f"{row['cap_gib']:g}", *(cells_of(row, plain, made["steps"]))]
         lines.append(f"| {' | '.join(cells + [''] * (len(COLUMNS) + 1 - len(cells)))} |")
     return "\n".join(lines)
 
 
-def cells_of(row: dict[str, Any], plain: float) -> list[str]:
+def cells_of(row: dict[str, Any], plain: float, steps: int) -> list[str]:
+    """`plain`: seconds of the yardstick's step. The request is the one with known prompts."""
     if "error" in row:
         return [row["error"]]
     step = statistics.median(row["step_seconds"])
@@ -627,6 +630,8 @@ def cells_of(row: dict[str, Any], plain: float) -> list[str]:
         f"{row['start_to_first_step']:.1f}",
         f"{row['seconds'][1]['encode']:.3f}",
         f"{row['seconds'][2]['encode'] * 1000:.1f}",
+        f"{sum(row['seconds'][2].values()):.2f}",
+        f"{steps * (predicted['step_seconds'] or 0) + (predicted['decode_seconds'] or 0):.2f}",
     ]
 
 
