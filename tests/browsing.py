@@ -13,7 +13,7 @@ from playwright.sync_api import Browser, Locator, Page, expect
 from running import TOKEN
 
 OPENS = 60_000  # milliseconds that Gradio may take to be there
-SOON = 15_000
+SOON = 30_000
 PHONE = {"width": 390, "height": 844}
 DESKTOP = {"width": 1280, "height": 900}
 LAPTOP = {"width": 1366, "height": 768}
@@ -103,7 +103,7 @@ class Visit:
     def plan(self) -> Locator:
         return self.page.locator("#qit-plan .qit-plan")
 
-    def sees(self, text: str | re.Pattern[str], seconds: float = 15) -> None:
+    def sees(self, text: str | re.Pattern[str], seconds: float = 30) -> None:
         expect(self.page.get_by_text(text).first).to_be_visible(timeout=seconds * 1000)
 
     def state(self, state: str, seconds: float = 30) -> None:

@@ -55,7 +55,8 @@ def test_the_resolution_follows_the_ratio(site: Site) -> None:
 
 
 def test_labels_slide_under_the_buttons(site: Site) -> None:
-    with site.visit() as visit:
+    def slides(visit: Visit) -> bool:
+        """Of a window that ends in the middle of the buttons, over a label."""
         label = visit.page.locator("label span", has_text="Pictures").first
         visit.page.set_viewport_size({"width": 1180, "height": 1000})
         [bar, box] = [each.bounding_box() for each in (visit.page.locator("#qit-go"), label)]
@@ -64,8 +65,11 @@ def test_labels_slide_under_the_buttons(site: Site) -> None:
         middle = box["y"] + box["height"] / 2
         height = int(middle + bar["height"] / 2)
         visit.page.set_viewport_size({"width": 1180, "height": height})
-        above = "([x, y]) => !!document.elementFromPoint(x, y).closest('#qit-go')"
-        assert visit.page.evaluate(above, [box["x"] + box["width"] / 2, middle])
+        above = "([x, y]) => !!document.elementFromPoint(x, y)?.closest('#qit-go')"
+        return bool(visit.page.evaluate(above, [box["x"] + box["width"] / 2, middle]))
+
+    with site.visit() as visit:  # asked again, because what comes late moves the labels
+        site.wait_for(lambda: slides(visit), bool)
 
 
 def test_a_number_beyond_its_limits_is_said_and_the_page_goes_on(site: Site) -> None:
@@ -182,8 +186,8 @@ def test_settings_are_restored_and_the_picture_is_saved(site: Site) -> None:
 
 def test_progress_and_cancel(site: Site) -> None:
     with site.visit() as visit:
-        generate(visit, "slow and endless", steps=400)
-        visit.sees(re.compile(r"Drawing: step \d+ of 400"))
+        generate(visit, "slow and endless", steps=1000)
+        visit.sees(re.compile(r"Drawing: step \d+ of 1000"))
         visit.sees(re.compile(r"\d+ s left · 0\.\d+ s a step"))
         expect(visit.stage.locator("img[src^='data:image/jpeg']")).to_be_visible()
         expect(visit.stage.get_by_role("progressbar")).to_be_visible()
