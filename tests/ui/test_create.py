@@ -325,7 +325,7 @@ def test_shape_sentence_and_generate_are_seen_together(site: Site, window: Any) 
     with site.visit(viewport=window) as visit:
         if window == PHONE:  # the walk-through may come after the form
             close = visit.page.get_by_role("button", name="Close the walk-through")
-            visit.page.add_locator_handler(close, lambda: close.click())
+            visit.page.add_locator_handler(close, lambda found: found.click())
         expect(visit.plan).to_contain_text("Memory", timeout=OPENS)
         for one in (visit.field("Resolution"), visit.field("Prompt"), *buttons(visit)):
             expect(one).to_be_in_viewport(ratio=1)
