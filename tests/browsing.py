@@ -103,7 +103,7 @@ class Visit:
     def plan(self) -> Locator:
         return self.page.locator("#qit-plan .qit-plan")
 
-    def sees(self, text: str | re.Pattern[str], seconds: float = 30) -> None:
+    def sees(self, text: str | re.Pattern[str], seconds: float = SOON / 1000) -> None:
         expect(self.page.get_by_text(text).first).to_be_visible(timeout=seconds * 1000)
 
     def state(self, state: str, seconds: float = 30) -> None:
