@@ -32,7 +32,7 @@ SMALL = FULL.model_copy(
     }
 )
 RATES = card("4060ti").rates
-CPU_RATES = Rates(matmul=1e12, attention=5e11, memory=4e10, disk=2e9)
+CPU_RATES = Rates(matmul=1e12, attention=5e11, memory=4e10, disk=2e9, reading=5e-10)
 
 
 def device(kind: str, ram: float, vram: float = 0, **fields: Any) -> Device:
@@ -306,6 +306,32 @@ def test_more_ram_never_reads_more() -> None:
             assert before.seconds
             assert seconds_once_loaded(after) <= seconds_once_loaded(before)
         assert found[0].bytes_per_step > found[-1].bytes_per_step == 0
+
+
+def test_reading_takes_from_the_cores_that_compute() -> None:
+    costs = ({"disk": 2e10, "reading": cost} for cost in (0, 5e-10))
+    quick, slow = (CPU_RATES.model_copy(update=cost) for cost in costs)
+
+    def step(cores: int, rates: Rates) -> float:
+        found = plan(device("cpu", 8, rates=rates, cores=cores), size=Size(256, 256), steps=2)
+        [seconds] = [need.seconds for need in found.phases if need.phase == "denoise"]
+        assert seconds
+        return seconds / 2
+
+    read = plan(device("cpu", 8, rates=slow), size=Size(256, 256)).bytes_per_step
+    for cores in (2, 4):
+        longer = step(cores, slow) - step(cores, quick)
+        assert longer == pytest.approx(5e-10 * read / cores)
+
+
+def test_a_step_on_the_cpu_takes_what_was_measured() -> None:
+    """docs/benchmarks.md, "The 20B model on a CPU with less RAM than weights"."""
+    rates = Rates(matmul=9.4e11, attention=1.8e11, memory=9e10, disk=2e9, reading=5e-10)
+    found = plan(device("cpu", 8, rates=rates, cores=2), size=Size(256, 256), steps=2)
+    assert found.placement
+    assert (found.placement.resident, found.placement.source) == (12, "disk")
+    [seconds] = [need.seconds for need in found.phases if need.phase == "denoise"]
+    assert seconds == pytest.approx(33, rel=0.15)
 
 
 def test_the_20b_model_runs_on_a_4_gib_card() -> None:

@@ -290,7 +290,7 @@ class App:
                 emit(Notice(text=reason))
             assert self._engine
             run = self._engine.run(resolved, plans, heard, is_cancelled, disk)
-        self.rates.learn(here, **run.rates, **({"disk": disk.rate} if disk.rate else {}))
+        self.rates.learn(here, **run.rates, **disk.rates)
 
         emit(PhaseStarted(phase="save"))
         started = time.perf_counter()

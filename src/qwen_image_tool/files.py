@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import statistics
 import tempfile
 import threading
 import time
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-ENOUGH = 1 << 30  # bytes; the rate of less says little of a disk
+ENOUGH = 1 << 30  # bytes; the rate of fewer says little of a disk
 
 
 def replace_file(path: Path, data: bytes, private: bool = False) -> None:
@@ -60,13 +61,19 @@ def is_cached(file: int, start: int) -> bool:
 
 
 class DiskMeter:
-    """How fast a disk gives what several threads read from it."""
+    """How fast a disk gives what several threads read from it, and what that costs the CPU.
+
+    Of what was read, in parts of `ENOUGH` bytes, the median counts: for a part the threads may have
+    waited for a core and not for the disk, and another came from a cache that does not tell.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._threads = 0
         self._bytes = 0
-        self._since = self._seconds = 0.0
+        self._since = self._seconds = self._cpu_seconds = 0.0
+        self._part = (0, 0.0)  # bytes and seconds at its beginning
+        self._parts: list[float] = []  # bytes a second
 
     @contextmanager
     def reading(self, size: int) -> Iterator[None]:
@@ -75,18 +82,31 @@ class DiskMeter:
             if not self._threads:
                 self._since = time.perf_counter()
             self._threads += 1
+        worked = time.thread_time()
         try:
             yield
         finally:
+            worked = time.thread_time() - worked
             with self._lock:
+                now = time.perf_counter()
+                self._seconds += now - self._since
+                self._since = now
                 self._threads -= 1
                 self._bytes += size
-                if not self._threads:
-                    self._seconds += time.perf_counter() - self._since
+                self._cpu_seconds += worked
+                self._end_part()
+
+    def _end_part(self) -> None:
+        began, since = self._part
+        if self._bytes - began >= ENOUGH and self._seconds > since:
+            self._parts.append((self._bytes - began) / (self._seconds - since))
+            self._part = self._bytes, self._seconds
 
     @property
-    def rate(self) -> float:
-        """Bytes a second while any thread read; 0 where they were too few to say."""
+    def rates(self) -> dict[str, float]:
+        """What it has shown, by the names in Rates; none where too little was read to say."""
         with self._lock:
-            running = time.perf_counter() - self._since if self._threads else 0
-            return self._bytes / (self._seconds + running) if self._bytes >= ENOUGH else 0
+            if not self._parts:
+                return {}
+            reading = self._cpu_seconds / self._bytes
+            return {"disk": statistics.median(self._parts), "reading": reading}

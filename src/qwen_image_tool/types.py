@@ -133,7 +133,7 @@ class Request(Value):
 class Rates(Value):
     """What a device was measured to do, in the dtype it computes in; 0: not measured.
 
-    Products and attention in FLOP/s; copies and reads in bytes/s."""
+    Products and attention in FLOP/s; copies and reads in bytes/s, where nothing else is said."""
 
     matmul: float = 0
     attention: float = 0
@@ -141,6 +141,7 @@ class Rates(Value):
     bus: float = Field(default=0, description="From page-locked memory to the GPU")
     pageable: float = Field(default=0, description="From pageable memory to the GPU")
     disk: float = Field(default=0, description="Reads of model files by several threads")
+    reading: float = Field(default=0, description="Seconds of one core for a byte of these reads")
     attention_backend: str = Field(
         default="", description="diffusers' name of the fastest one; empty: torch's own choice"
     )
