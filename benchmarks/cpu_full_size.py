@@ -4,8 +4,9 @@
         [--docs FILE]
 
 Makes the model of random weights in FOLDER if it is not there (57.7 GB), then runs two `qit
-generate` at 256x256, each in a process of its own. The first shows how fast the disk is; reported
-is the second, of another prompt and another number of steps, with the peak resident memory of both.
+generate` at 256x256, each in a process of its own. The first shows how fast the disk is, and what
+reading costs the CPU; reported is the second, of another prompt and another number of steps, with
+the peak resident memory of both.
 """
 
 import argparse

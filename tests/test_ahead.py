@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,7 @@ def test_later_plans_know_what_the_disk_gave(
     monkeypatch.setattr(ahead, "is_cached", lambda _file, _start: False)
     monkeypatch.setattr(weights, "is_cached", lambda _file, _start: False)
     monkeypatch.setattr(files, "ENOUGH", 1)
+    monkeypatch.setattr(time, "thread_time", time.perf_counter)  # Windows' moves in ticks
     app = App(Settings(output=tmp_path / "out", cache=tmp_path / "cache"))
     request = Request(model="practice", prompt="x", size=Size(64, 64), steps=2, seed=1)
     app.generate(request, lambda _: None)

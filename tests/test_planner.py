@@ -331,7 +331,7 @@ def test_a_step_on_the_cpu_takes_what_was_measured() -> None:
     assert found.placement
     assert (found.placement.resident, found.placement.source) == (12, "disk")
     [seconds] = [need.seconds for need in found.phases if need.phase == "denoise"]
-    assert seconds == pytest.approx(33, rel=0.15)
+    assert seconds == pytest.approx(34, rel=0.1)
 
 
 def test_the_20b_model_runs_on_a_4_gib_card() -> None:

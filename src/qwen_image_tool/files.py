@@ -78,11 +78,11 @@ class DiskMeter:
     @contextmanager
     def reading(self, size: int) -> Iterator[None]:
         """A thread reads so many bytes that are not in the system's cache."""
+        worked = time.thread_time()
         with self._lock:
             if not self._threads:
                 self._since = time.perf_counter()
             self._threads += 1
-        worked = time.thread_time()
         try:
             yield
         finally:
