@@ -4,10 +4,13 @@ import re
 from typing import Any
 
 import pytest
-from playwright.sync_api import Locator, expect
+from playwright.sync_api import Locator, Route, expect
+from playwright.sync_api import Request as BrowserRequest
 
 from browsing import DESKTOP, LAPTOP, OPENS, PHONE, Site, Visit
 from qwen_image_tool.catalog.sizes import RATIOS, RESOLUTIONS, SIZES
+
+PREDICT = "**/gradio_api/run/predict"
 
 
 def newest(site: Site) -> dict[str, Any]:
@@ -147,6 +150,40 @@ def test_the_plan_follows_the_controls(site: Site) -> None:
         expect(visit.plan).to_contain_text("A negative prompt does nothing at CFG 1.")
         visit.press("Generate")
         visit.sees("The prompt is empty.")
+
+
+@pytest.mark.parametrize("late", ["sizes", "steps"])
+def test_a_model_that_is_passed_by_leaves_nothing_in_the_form(site: Site, late: str) -> None:
+    """Another is chosen before the answer for the first is there."""
+    inputs = {"sizes": 3, "steps": 2}[late]
+
+    def asks(request: BrowserRequest) -> bool:
+        asked: Any = request.post_data_json if request.url.endswith("/predict") else None
+        return bool(asked) and len(asked["data"]) == inputs
+
+    with site.visit() as visit:
+        expect(visit.plan).to_contain_text("Memory", timeout=OPENS)
+        visit.advanced()
+        held: list[Route] = []
+        is_late = True
+
+        def answer(route: Route) -> None:
+            if is_late and asks(route.request):
+                held.append(route)
+            else:
+                route.continue_()
+
+        visit.page.route(PREDICT, answer)
+        with visit.page.expect_request(asks):
+            visit.choose("Model", "Qwen-Image-2512")
+        visit.choose("Model", "Qwen-Image-2.1-Turbo")
+        expect(visit.field("Model")).to_have_value(re.compile("Qwen-Image-2.1-Turbo"))
+        is_late = False
+        for route in held:
+            route.continue_()
+        expect(visit.field("Steps")).to_have_value("8")
+        expect(visit.field("True CFG scale")).to_have_value("1")
+        expect(visit.field("Size")).to_have_value("2048 x 2048 pixels")
 
 
 def test_seeds_are_drawn_shown_and_used_again(site: Site) -> None:

@@ -206,7 +206,7 @@ class Album:
             return wanted["at"], self._wanted(wanted)
 
         changes = [field.change for field in fields]
-        kit.on([*changes, kit.clock.tick], look, inputs, outputs, trigger_mode="always_last")
+        kit.on([*changes, kit.clock.tick], look, inputs, outputs)
         for one in (shown, detail):
             kit.on_act(one, act, inputs, [*outputs, kit.tabs, kit.wanted])
         kit.on_wanted("gallery", wanted, [asked])

@@ -141,7 +141,7 @@ class Create:
         kit.on(resolution.change, self._pixels_of, size, [self._pixels])
         kit.on(model.input, self._sampling, [model, self._settled], [steps, cfg, self._settled])
         changes = [field.change for field in fields]
-        kit.on(changes, self._plan, fields, [plan], trigger_mode="always_last")
+        kit.on(changes, self._plan, fields, [plan])
 
         kit.on(go.click, self._generate, fields)
         kit.on(stop.click, self._cancel)

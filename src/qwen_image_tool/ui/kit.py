@@ -141,6 +141,9 @@ class Kit:
     ) -> Any:
         triggers = trigger if isinstance(trigger, list) else [trigger]
         options = {"queue": False, "show_progress": "hidden", "api_visibility": "private"} | options
+        if any(each.event_name in ("input", "change") for each in triggers):
+            # While one choice is answered another may be made, which Gradio would leave out
+            options.setdefault("trigger_mode", "always_last")
         return gr.on(triggers, answer, list(inputs), [*outputs, self.said], **options)
 
     def _said_or_done(self, do: Callable[..., Any], values: Sequence[Any], outputs: int) -> Any:
