@@ -14,6 +14,7 @@ from running import TOKEN
 
 OPENS = 60_000  # milliseconds that Gradio may take to be there
 SOON = 30_000
+PREDICT = "**/gradio_api/run/predict"  # where the page's events are answered
 PHONE = {"width": 390, "height": 844}
 DESKTOP = {"width": 1280, "height": 900}
 LAPTOP = {"width": 1366, "height": 768}

@@ -14,7 +14,7 @@ from qwen_image_tool.errors import BadRequest, CannotRun
 from qwen_image_tool.needs import Needs, Way
 from qwen_image_tool.planner import GIB, USABLE_RAM, next_plans, plans_after
 from qwen_image_tool.store import Installed, as_published, blocks_of, text_layers_of
-from qwen_image_tool.types import Device, Placement, Plan, Rates, Request, Size
+from qwen_image_tool.types import Device, PhaseNeed, Placement, Plan, Rates, Request, Size
 
 CATALOG = load_catalog()
 FULL = as_published(CATALOG.find("qwen-image"))
@@ -179,6 +179,11 @@ def test_there_are_enough_machines_and_most_run() -> None:
     assert stuck == [f"cpu-0-2-{system}-{known}" for system in systems for known in rates]
 
 
+def drawing_of(found: Plan) -> PhaseNeed:
+    [drawing] = [need for need in found.phases if need.phase == "denoise"]
+    return drawing
+
+
 def seconds_once_loaded(found: Plan) -> float:
     each = [need.seconds for need in found.phases if need.phase != "load"]
     return sum(seconds or 0 for seconds in each)
@@ -258,15 +263,14 @@ def test_more_ram_reads_less_at_each_step(
 
 
 def reads_a_step(found: Plan) -> int:
-    [drawing] = [need.read_bytes for need in found.phases if need.phase == "denoise"]
-    return drawing
+    return drawing_of(found).read_bytes
 
 
 def test_a_slow_disk_is_waited_for_less_with_more_ram() -> None:
     """Seconds of a step are those of the disk as long as it is the slowest."""
     found = [plan(device("cuda", ram, 12, rates=SATA), steps=10) for ram in (8, 12, 16)]
     for each in found:
-        [drawing] = [need for need in each.phases if need.phase == "denoise"]
+        drawing = drawing_of(each)
         read = each.placement.streamed("disk") * FULL.blocks.bytes
         assert drawing.read_bytes == 10 * read
         assert drawing.seconds == pytest.approx(10 * read / 5e8, rel=0.2)
@@ -314,7 +318,7 @@ def test_reading_takes_from_the_cores_that_compute() -> None:
 
     def step(cores: int, rates: Rates) -> float:
         found = plan(device("cpu", 8, rates=rates, cores=cores), size=Size(256, 256), steps=2)
-        [seconds] = [need.seconds for need in found.phases if need.phase == "denoise"]
+        seconds = drawing_of(found).seconds
         assert seconds
         return seconds / 2
 
@@ -330,8 +334,7 @@ def test_a_step_on_the_cpu_takes_what_was_measured() -> None:
     found = plan(device("cpu", 8, rates=rates, cores=2), size=Size(256, 256), steps=2)
     assert found.placement
     assert (found.placement.resident, found.placement.source) == (12, "disk")
-    [seconds] = [need.seconds for need in found.phases if need.phase == "denoise"]
-    assert seconds == pytest.approx(34, rel=0.1)
+    assert drawing_of(found).seconds == pytest.approx(34, rel=0.1)
 
 
 def test_the_20b_model_runs_on_a_4_gib_card() -> None:
@@ -527,8 +530,7 @@ def test_seconds_are_those_of_the_slower_of_bus_and_computation() -> None:
     assert seconds["denoise"] == {need.phase: need.seconds for need in whole.phases}["denoise"]
     slow_bus = rates.model_copy(update={"bus": 1e9})
     bound = plan(device("cuda", 64, 4, rates=slow_bus), steps=10)
-    [drawing] = [need for need in bound.phases if need.phase == "denoise"]
-    assert drawing.seconds == pytest.approx(10 * bound.bytes_per_step / 1e9)
+    assert drawing_of(bound).seconds == pytest.approx(10 * bound.bytes_per_step / 1e9)
     assert "waits for them" in bound.reasons[1]
     assert plan(device("cuda", 64, 4)).seconds is None, "no rate is known"
 
@@ -551,8 +553,7 @@ def test_seconds_are_near_those_of_an_h100(
     on = device("cuda", 128, 78, rates=rates)
     found = plan(on, installed, size=Size(side, side), steps=20)
     assert found.compiled == compiled
-    [drawing] = [need for need in found.phases if need.phase == "denoise"]
-    assert drawing.seconds == pytest.approx(20 * seconds, rel=0.15)
+    assert drawing_of(found).seconds == pytest.approx(20 * seconds, rel=0.15)
 
 
 # docs/benchmarks.md: seconds of a decode in strips over that of the whole frame
@@ -589,7 +590,7 @@ def test_strips_take_little_more_time_as_measured(
 def test_hours_on_the_cpu_are_said() -> None:
     slow = CPU_RATES.model_copy(update={"matmul": 3e11})
     found = plan(device("cpu", 96, rates=slow))
-    [drawing] = [need.seconds for need in found.phases if need.phase == "denoise"]
+    drawing = drawing_of(found).seconds
     assert drawing
     assert f"Drawing takes about {drawing / 3600:.1f} hours there." in found.reasons[0]
     quick = plan(device("cpu", 96, rates=slow), SMALL, size=Size(256, 256))

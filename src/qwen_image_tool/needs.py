@@ -255,7 +255,8 @@ class Needs:
         return self.disk_bytes_per_step(way) * self._rates(way).reading / self.device.cores
 
     def _products(self, way: Way, rows: int, layers: Blocks) -> float:
-        """FLOP of the products of one of `layers`, for `rows` tokens."""
+        """FLOP of the products of one of `layers`, for `rows` tokens; on a CPU with what it could
+        do while it waits for the weights."""
         waiting = CPU_ROWS * layers.bytes if way.device == "cpu" else 0  # 2 FLOP for 2 bytes
         return rows * layers.token_bytes + waiting
 

@@ -7,10 +7,8 @@ import pytest
 from playwright.sync_api import Locator, Route, expect
 from playwright.sync_api import Request as BrowserRequest
 
-from browsing import DESKTOP, LAPTOP, OPENS, PHONE, Site, Visit
+from browsing import DESKTOP, LAPTOP, OPENS, PHONE, PREDICT, Site, Visit
 from qwen_image_tool.catalog.sizes import RATIOS, RESOLUTIONS, SIZES
-
-PREDICT = "**/gradio_api/run/predict"
 
 
 def newest(site: Site) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Locator, expect
 
-from browsing import Site, Visit
+from browsing import PREDICT, Site, Visit
 from qwen_image_tool.ui.queue import board
 from running import server
 
@@ -124,7 +124,7 @@ def test_a_button_that_comes_too_late_says_so(site: Site) -> None:
         job = submit(site, "too late")
         visit.go("Queue")
         expect(row(visit, "too late")).to_be_visible()
-        visit.page.route("**/gradio_api/run/predict", lambda route: _late(route, site, job))
+        visit.page.route(PREDICT, lambda route: _late(route, site, job))
         row(visit, "too late").get_by_role("button", name="Cancel").click()
         visit.sees("The job is cancelled already.")
         visit.shot("toast")
